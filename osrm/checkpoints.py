@@ -1,0 +1,169 @@
+"""Fine-tuned checkpoints of any form: adapters and dense models, read as updates and heads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from osrm.adapters import CONFIG, linear_weight, read_adapter
+from osrm.backbones import head_names
+from osrm.config import per_task, read_json
+from osrm.errors import UserError
+from osrm.runs import ARGS
+from osrm.task_vectors import Update
+
+DENSE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One task's fine-tuning: the update of each layer, and the head."""
+
+    path: Path
+    updates: dict[str, Update]
+    head: dict[str, Tensor]
+    base: str | None
+    """What the base model is called, as far as the checkpoint knows."""
+    args: dict[str, Any]
+    """The args.json of the run; empty if it was not ours."""
+
+
+def named_directories(path: str | Path, tasks: Iterable[str] | None) -> dict[str, Path]:
+    """The directories of a load_model_path.json, for `tasks` or for all that it names.
+
+    `<run directory>/merged_model` means the run directory itself where no dense model was saved:
+    the adapter in it is the same update, exactly.
+
+    Raises:
+        UserError: broken JSON, a missing task, a directory that does not exist or holds no model.
+    """
+    if tasks is None:
+        content = read_json(path, "--load-model-path")
+        tasks = list(content) if isinstance(content, dict) else []
+        if not tasks:
+            raise UserError(f"--load-model-path {path}: expected an object {{task: directory}}")
+    found = {}
+    problems = []
+    for task, name in per_task(path, "--load-model-path", tasks, str).items():
+        directory = Path(name)
+        if directory.name == "merged_model" and not directory.exists():
+            directory = directory.parent
+        if not directory.is_dir():
+            problems.append(f"'{task}': no directory {name}")
+        elif not any((directory / file).exists() for file in (CONFIG, DENSE, INDEX)):
+            problems.append(f"'{task}': {name} holds neither {CONFIG} nor {DENSE}")
+        found[task] = directory
+    if problems:
+        raise UserError(
+            f"--load-model-path {path}: {'; '.join(problems)}; train it first, or correct the path"
+        )
+    return found
+
+
+def read_checkpoint(path: Path, load_base: Callable[[str | None], Any]) -> Checkpoint:
+    """Read an adapter or a dense checkpoint.
+
+    Args:
+        load_base: gives the pre-trained model, called with the name of the backbone if the run's
+            args.json is there to tell it; only a dense checkpoint needs that.
+
+    Raises:
+        UserError: unreadable files, NaN or infinity, or changes that are no linear layer's update.
+    """
+    args: dict[str, Any] = {}
+    for directory in (path, path.parent):
+        if not args and (directory / ARGS).exists():
+            args = read_json(directory / ARGS, "run directory")
+    if (path / CONFIG).exists():
+        pairs, head, base = read_adapter(path)
+        return Checkpoint(path, dict(pairs), head, base, args)
+    updates, head = _read_dense(path, load_base(args.get("backbone")))
+    return Checkpoint(path, updates, head, args.get("base_model"), args)
+
+
+def checksum(path: Path) -> str:
+    """sha256 of the weights of a checkpoint directory."""
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _read_dense(path: Path, base: Any) -> tuple[dict[str, Update], dict[str, Tensor]]:
+    """Dense minus base: one update a linear layer that changed; each is read when it is needed."""
+    files = _tensor_files(path)
+    own = base.state_dict()
+    heads = tuple(f"{name}." for name in head_names(base))
+    # A file holds tied tensors once.
+    stored = {own[name].data_ptr() for name in own.keys() & files.keys()}
+    lacking = sorted(
+        name
+        for name, tensor in own.items()
+        if tensor.data_ptr() not in stored and not name.startswith(heads)
+    )
+    if lacking:
+        raise UserError(
+            f"{path}: lacks {len(lacking)} tensors of the base model ({lacking[0]}, ...); it is a"
+            " checkpoint of another backbone"
+        )
+    updates: dict[str, Update] = {}
+    head, others = {}, []
+    for name in sorted(files):
+        tensor = _read_tensor(files[name], name)
+        if not tensor.isfinite().all():
+            raise UserError(f"{files[name]}: '{name}' holds NaN or infinity; train it again")
+        if name.startswith(heads):
+            head[name] = tensor
+        elif name not in own or own[name].shape != tensor.shape:
+            others.append(name)
+        elif not torch.equal(own[name].float().cpu(), tensor):
+            module = name.removesuffix(".weight")
+            if isinstance(base.get_submodule(name.rpartition(".")[0]), nn.Linear) and (
+                module != name
+            ):
+                updates[module] = _difference(files[name], name, linear_weight(base, module))
+            else:
+                others.append(name)
+    if others:
+        raise UserError(
+            f"{path}: differs from the base model in {len(others)} tensors that are no linear"
+            f" layer's weight ({others[0]}, ...); only updates of linear layers can be merged"
+        )
+    return updates, head
+
+
+def _difference(file: Path, name: str, base: Tensor) -> Any:
+    return lambda: _read_tensor(file, name) - base.detach().float().cpu()
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    """{tensor: file} of a checkpoint, sharded or not."""
+    if (path / INDEX).exists():
+        index = read_json(path / INDEX, "checkpoint")
+        try:
+            return {name: path / Path(file).name for name, file in index["weight_map"].items()}
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{path / INDEX}: no weight_map in it; save the model again") from None
+    try:
+        with safe_open(path / DENSE, framework="pt") as file:
+            return dict.fromkeys(file.keys(), path / DENSE)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path / DENSE}: not readable ({error}); save the model again") from None
+
+
+def _read_tensor(file: Path, name: str) -> Tensor:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return tensors.get_tensor(name).float()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: not readable ({error}); save the model again") from None

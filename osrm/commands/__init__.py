@@ -1,0 +1,1 @@
+"""What the two scripts do, once their flags are read: train (or transform) and merge."""

@@ -1,0 +1,353 @@
+"""Journeys 1 and 2: one LoRA adapter a task from an OSRM start, or checkpoints moved into it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.utils.data import DataLoader
+from transformers import set_seed
+
+from osrm.adapters import add_lora, applied, load_head, save_adapter, write_factors, write_head
+from osrm.backbones import (
+    Backbone,
+    body_fingerprint,
+    find_backbone,
+    load_model,
+    load_tokenizer,
+    projections,
+)
+from osrm.checkpoints import Checkpoint, named_directories, read_checkpoint
+from osrm.config import TrainConfig, derive_seed, per_task
+from osrm.errors import UserError
+from osrm.evaluation import evaluate
+from osrm.features import FeatureFile, analytical_start, task_features
+from osrm.glue import (
+    GlueTask,
+    TaskData,
+    available_tasks,
+    collator,
+    find_tasks,
+    fingerprint,
+    load_task,
+    split_task,
+    tokenize,
+)
+from osrm.runs import (
+    CHECKPOINTS,
+    METRICS,
+    args_record,
+    check_unfinished,
+    model_card,
+    publish,
+    run_dir,
+    run_name,
+    staged,
+    write_args,
+    write_json,
+    write_text,
+)
+from osrm.task_vectors import LoraPair, dense
+from osrm.training import fit
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known before the first long step, and checked."""
+
+    config: TrainConfig
+    backbone: Backbone
+    tasks: list[GlueTask]
+    others: list[GlueTask]
+    epochs: dict[str, int]
+    lrs: dict[str, float]
+    sources: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all tasks of a run share."""
+
+    plan: Plan
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    data: dict[str, TaskData]
+
+    def new_model(self, task: GlueTask) -> Any:
+        """The pre-trained model with the task's own fresh head."""
+        plan = self.plan
+        set_seed(derive_seed(plan.config.seed, task.name, "head"))
+        model = load_model(plan.backbone, task.labels, self.tokenizer, self.dtype)
+        return model.to(self.device)
+
+    def tokenized(self, task: GlueTask) -> TaskData:
+        """The task's data, ready for the model."""
+
+        def encode(dataset: Any) -> Any:
+            return tokenize(dataset, task, self.tokenizer, self.plan.config.max_seq_len)
+
+        data = self.data[task.name]
+        validation = {name: encode(split) for name, split in data.validation.items()}
+        return TaskData(encode(data.train), encode(data.selection), validation)
+
+    def score(self, task: GlueTask, model: Any, data: TaskData) -> dict[str, float]:
+        """GLUE's metrics on the reported examples."""
+        batch_size = self.plan.config.per_device_eval_bsz
+        return evaluate(model, task, data.validation, self.tokenizer, batch_size)
+
+
+def train(config: TrainConfig) -> None:
+    """Run train_glue.py: plan, load, take features, then one task after the other."""
+    plan = make_plan(config)
+    todo = [
+        task for task in plan.tasks if check_unfinished(run_dir(config, task.name), config.resume)
+    ]
+    for task in plan.tasks:
+        if task not in todo:
+            logger.info("%s is finished: %s", task.name, run_dir(config, task.name))
+    if todo:
+        setting = load_setting(plan)
+        features = collect_features(setting) if needs_features(config) else {}
+        run = transform_task if config.load_model_path else train_task
+        for task in todo:
+            run(setting, task, features)
+    path = Path(config.output_dir) / f"load_model_path-{run_name(config)}.json"
+    write_json(path, {task.name: str(run_dir(config, task.name)) for task in plan.tasks})
+    logger.info("merge them with: python merge.py --load-model-path %s", path)
+
+
+def needs_features(config: TrainConfig) -> bool:
+    """Only OSRM looks at features; PEFT's gaussian start costs no pass over the data."""
+    return config.init == "analytical"
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    """Read every file that the flags name, and refuse what cannot work.
+
+    Raises:
+        UserError: unknown tasks, broken or incomplete JSON, nothing that A could avoid.
+    """
+    backbone = find_backbone(config.backbone)
+    config = replace(config, data_dir=config.data_dir or backbone.data_dir)
+    available = available_tasks(config.data_dir)
+    tasks = find_tasks(config.tasks or available, "--tasks")
+    others = find_tasks(config.other_tasks or available, "--other-tasks")
+    names = [task.name for task in tasks]
+    if not tasks:
+        raise UserError(f"--data-dir {config.data_dir}: no folder in it is named after a GLUE task")
+    if needs_features(config) and all({task} >= {*others} for task in tasks):
+        raise UserError(
+            "--init analytical needs features of other tasks to avoid; name some: --other-tasks"
+        )
+    epochs, lrs = dict.fromkeys(names, config.epochs), dict.fromkeys(names, config.lr)
+    if config.load_epochs:
+        epochs = per_task(config.load_epochs, "--load-epochs", names, int)
+    if config.load_lrs:
+        lrs = per_task(config.load_lrs, "--load-lrs", names, float)
+    sources = {}
+    if config.load_model_path:
+        if not needs_features(config):
+            raise UserError(
+                "--load-model-path moves checkpoints into OSRM's subspace: add --init analytical"
+            )
+        sources = named_directories(config.load_model_path, names)
+    return Plan(config, backbone, tasks, others, epochs, lrs, sources)
+
+
+def load_setting(plan: Plan) -> Setting:
+    """Tokenizer and data; all data is checked before any of it is used."""
+    config = plan.config
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    low = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
+        config.dtype, torch.bfloat16 if low else torch.float32
+    )
+    tokenizer = load_tokenizer(plan.backbone)
+    needed = plan.tasks + (plan.others if needs_features(config) else [])
+    data = {
+        task.name: split_task(
+            load_task(task, config.data_dir),
+            config.seed,
+            config.max_train_samples,
+            config.max_eval_samples,
+            config.max_test_samples,
+            config.select_on,
+        )
+        for task in dict.fromkeys(needed)
+    }
+    return Setting(plan, tokenizer, device, dtype, data)
+
+
+def collect_features(setting: Setting) -> dict[str, FeatureFile]:
+    """The feature statistics of all tasks that some task is to avoid, cached ones where known."""
+    plan, config = setting.plan, setting.plan.config
+    model = setting.new_model(plan.tasks[0])
+    modules = projections(model, config.block, config.rank)
+    shared = {
+        "backbone": body_fingerprint(model),
+        "max_seq_len": config.max_seq_len,
+        "features": config.features,
+        "count_padding": config.count_padding,
+    }
+    found = {}
+    for task in plan.others:
+        train = setting.data[task.name].train
+        count = config.max_num_samples if config.max_num_samples > 0 else len(train)
+        samples = train.select(range(min(count, len(train))))
+        encoded = tokenize(samples, task, setting.tokenizer, config.max_seq_len).sort("length")
+        pad_to = config.max_seq_len if config.count_padding else None
+        batches = DataLoader(
+            encoded.remove_columns("labels"),
+            batch_size=config.per_device_eval_bsz,
+            collate_fn=collator(setting.tokenizer, pad_to),
+        )
+        settings = {**shared, "task": task.name, "data": fingerprint(samples)}
+        found[task.name] = task_features(settings, model, modules, batches)
+    return found
+
+
+def train_task(setting: Setting, task: GlueTask, features: dict[str, FeatureFile]) -> None:
+    """Train one task's adapter and head, score it, and leave it all in its run directory."""
+    plan, config = setting.plan, setting.plan.config
+    directory = run_dir(config, task.name)
+    base = setting.new_model(task)
+    args = write_run_args(setting, task, base, features)
+    model = with_lora(setting, task, base)
+    if features:
+        write_factors(model, analytical_start(task.name, features, config.rank, config.seed))
+    if not (directory / "init_model").exists():
+        with staged(directory / "init_model") as staging:
+            save_adapter(model, staging)
+    data = setting.tokenized(task)
+    logger.info(
+        "%s: %d examples, %d select the epoch, %d are reported; %d epochs at lr %g",
+        *(task.name, len(data.train), len(data.selection), len(data.validation[""])),
+        *(plan.epochs[task.name], plan.lrs[task.name]),
+    )
+    trainer = fit(
+        model,
+        task,
+        data,
+        setting.tokenizer,
+        config,
+        plan.epochs[task.name],
+        plan.lrs[task.name],
+        derive_seed(config.seed, task.name, "training"),
+        directory / CHECKPOINTS,
+    )
+    metrics = setting.score(task, model, data)
+    metrics["train_samples"] = len(data.train)
+    metrics["train_runtime"] = trainer.state.log_history[-1]["train_runtime"]
+    if trainer.state.best_metric is not None:
+        metrics[f"selection_{task.select}"] = trainer.state.best_metric
+    trainer.state.save_to_json(str(directory / "trainer_state.json"))
+    finish(setting, task, model, args, metrics)
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+
+
+def transform_task(setting: Setting, task: GlueTask, features: dict[str, FeatureFile]) -> None:
+    """Move one checkpoint's update into OSRM's subspace: A is kept, B = ΔW A⁺ / scaling.
+
+    Sec. 5.4 of the paper. The trained head goes with it. How much of the update an A of r
+    directions can hold is written into metrics.json, with the scores before and after.
+    """
+    plan, config = setting.plan, setting.plan.config
+    start = analytical_start(task.name, features, config.rank, config.seed)
+    base = setting.new_model(task)
+    checkpoint = read_checkpoint(plan.sources[task.name], lambda _: base)
+    check_fits(checkpoint, start, task)
+    data = setting.tokenized(task)
+    load_head(base, checkpoint.head)
+    deltas = {name: dense(update) for name, update in checkpoint.updates.items()}
+    with applied(base, deltas):
+        before = setting.score(task, base, data)
+    args = write_run_args(setting, task, base, features)
+    model = with_lora(setting, task, base)
+    scaling = config.alpha / config.rank
+    moved = {name: LoraPair.project(deltas[name], A, scaling) for name, A in start.items()}
+    write_factors(model, start, {name: pair.B for name, pair in moved.items()})
+    write_head(model, checkpoint.head)
+    metrics = setting.score(task, model, data)
+    metrics |= {f"source_{name}": value for name, value in before.items()}
+    whole = sum(float(delta.square().sum()) for delta in deltas.values())
+    kept = sum(float(pair.delta.square().sum()) for pair in moved.values())
+    metrics["kept_share_of_update"] = kept / whole if whole else 1.0
+    finish(setting, task, model, args, metrics)
+
+
+def check_fits(checkpoint: Checkpoint, start: dict[str, torch.Tensor], task: GlueTask) -> None:
+    """Refuse a checkpoint whose update is of other layers than the subspaces."""
+    if set(checkpoint.updates) != set(start):
+        odd = sorted(set(checkpoint.updates) ^ set(start))
+        raise UserError(
+            f"--load-model-path: the update of {checkpoint.path} ({task.name}) and --block differ"
+            f" in {len(odd)} layers ({odd[0]}, ...); give the --block that it was trained with"
+        )
+
+
+def with_lora(setting: Setting, task: GlueTask, base: Any) -> PeftModel:
+    """`base` with LoRA, A from a seed of the task's own."""
+    config = setting.plan.config
+    modules = projections(base, config.block, config.rank)
+    set_seed(derive_seed(config.seed, task.name, "lora"))
+    return add_lora(base, modules, config.rank, config.alpha, config.freeze)
+
+
+def write_run_args(
+    setting: Setting, task: GlueTask, base: Any, features: dict[str, FeatureFile]
+) -> dict[str, Any]:
+    """args.json of one task's run: every setting, before anything is trained."""
+    plan, data = setting.plan, setting.data[task.name]
+    args = args_record(
+        plan.config,
+        task.name,
+        epochs=plan.epochs[task.name],
+        lr=plan.lrs[task.name],
+        other_tasks=[name for name in features if name != task.name],
+        feature_files={name: file.path.name for name, file in features.items()},
+        base_model=plan.backbone.path,
+        num_labels=task.num_labels,
+        body_fingerprint=body_fingerprint(base),
+        data={
+            name: {"examples": len(split), "fingerprint": fingerprint(split)}
+            for name, split in {
+                "train": data.train,
+                "selection": data.selection,
+                **{f"validation{end}": split for end, split in data.validation.items()},
+            }.items()
+        },
+    )
+    write_args(run_dir(plan.config, task.name), args)
+    return args
+
+
+def finish(
+    setting: Setting,
+    task: GlueTask,
+    model: PeftModel,
+    args: dict[str, Any],
+    metrics: dict[str, float],
+) -> None:
+    """Save adapter, dense model if asked for, card, and last of all metrics.json."""
+    directory = run_dir(setting.plan.config, task.name)
+    with staged(directory / "adapter") as staging:
+        save_adapter(model, staging)
+    publish(directory / "adapter", directory)
+    if setting.plan.config.save_merged_model:
+        # A copy: what is merged in float32 must not be rounded to the frozen weights' type.
+        with staged(directory / "merged_model") as staging:
+            merged = model.float().merge_and_unload()
+            merged.save_pretrained(staging)
+            setting.tokenizer.save_pretrained(staging)
+    write_text(directory / "README.md", model_card(args, metrics))
+    write_json(directory / METRICS, metrics)
+    main = {name: round(value, 4) for name, value in metrics.items() if "samples" not in name}
+    logger.info("%s: %s\n%s: saved in %s", task.name, main, task.name, directory)

@@ -1,0 +1,234 @@
+"""Settings of the two scripts: one line a flag, checked before any long work."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from osrm.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def flag(default: Any, help: str, *, least: float | None = None, **options: Any) -> Any:
+    """A dataclass field that is also a command-line flag of its default's type.
+
+    `least` is the smallest value allowed; the other options are argparse's.
+    """
+    metadata = {"least": least, "options": {"help": help, **options}}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def parse(
+    cls: Callable[..., Config], description: str | None, argv: list[str] | None = None
+) -> Config:
+    """The dataclass `cls`, its flags read from the command line and checked.
+
+    Raises:
+        UserError: values out of range; one line names every one of them.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    for each in fields:
+        options = dict(each.metadata["options"])
+        names = ["--" + each.name.replace("_", "-"), *options.pop("aliases", ())]
+        factory = each.default_factory
+        default = each.default if factory is dataclasses.MISSING else factory()
+        if isinstance(default, bool):
+            options["action"] = "store_true"
+        elif isinstance(default, list):
+            options["nargs"] = "+"
+        else:
+            kind = options.setdefault("type", str if default is None else type(default))
+            if kind in (int, float) and "choices" not in options:
+                options.setdefault("metavar", "N" if kind is int else "X")
+            if default is not None:
+                options["help"] += " (default: %(default)s)"
+        parser.add_argument(*names, dest=each.name, default=default, **options)
+    values = vars(parser.parse_args(argv))
+    problems = [
+        f"--{each.name.replace('_', '-')} {values[each.name]}: expected a finite number"
+        f" of at least {least}"
+        for each in fields
+        if (least := each.metadata["least"]) is not None
+        and values[each.name] is not None
+        and not (math.isfinite(values[each.name]) and values[each.name] >= least)
+    ]
+    if problems:
+        raise UserError("; ".join(problems))
+    return cls(**values)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The flags of train_glue.py, with the published release's names and defaults."""
+
+    backbone: str = flag(
+        "roberta-large",
+        "roberta-large, t5-large, llama3.2-1b, llama3.2-3b, llama3-8b, minilm (embedded: no hub),"
+        " or a local path or hub id of a RoBERTa, BERT, MPNet, DistilBERT, T5 or Llama-family"
+        " model",
+    )
+    tasks: list[str] = flag([], "the tasks to train, one after the other (default: all eight)")
+    other_tasks: list[str] = flag(
+        [], "the tasks whose features A avoids (default: all that the data has)"
+    )
+    init: str = flag(
+        "gaussian",
+        "start of A: gaussian (PEFT's) or analytical (OSRM)",
+        choices=("gaussian", "analytical"),
+    )
+    features: str = flag(
+        "token",
+        "the vectors that OSRM counts: every real token, one mean a sample, or one mean a task",
+        choices=("token", "sample", "mean"),
+    )
+    count_padding: bool = flag(
+        False, "padding counts as features too; with --features mean the release's statistic"
+    )
+    max_num_samples: int = flag(100, "training examples a task for OSRM's features; <= 0: all")
+    rank: int = flag(8, "rank r of the adapters", least=1)
+    alpha: int = flag(16, "LoRA alpha: an update is alpha/r B A", least=1)
+    freeze: str = flag("N", "A or B stays as it starts; N: both are trained", metavar="{A,B,N}")
+    block: str = flag("qv", "the adapted projections: letters of q, k and v")
+    load_model_path: str | None = flag(
+        None,
+        "JSON {task: directory}: move these checkpoints into OSRM's subspace, instead of training",
+        metavar="FILE",
+    )
+    epochs: int = flag(10, "epochs of every task", least=1)
+    load_epochs: str | None = flag(None, "JSON {task: epochs}, instead of --epochs", metavar="FILE")
+    lr: float = flag(4e-4, "peak learning rate of every task", least=0)
+    load_lrs: str | None = flag(None, "JSON {task: rate}, instead of --lr", metavar="FILE")
+    lr_scheduler: str = flag(
+        "linear", "learning rate schedule", choices=("linear", "constant", "constant_with_warmup")
+    )
+    warmup_ratio: float = flag(0.06, "share of the steps that warm up", least=0)
+    weight_decay: float = flag(0.0, "AdamW's weight decay", least=0)
+    per_device_train_bsz: int = flag(64, "training batch size of a device", least=1)
+    per_device_eval_bsz: int = flag(64, "evaluation batch size of a device", least=1)
+    grad_accumlate_steps: int = flag(
+        1, "batches that make a step", least=1, aliases=["--grad-accumulate-steps"]
+    )
+    gradient_checkpoint: bool = flag(False, "compute activations again in the backward pass")
+    max_train_samples: int = flag(105000, "training examples a task, drawn with the seed; < 0: all")
+    max_eval_samples: int = flag(15000, "examples that select the best epoch; < 0: all")
+    max_test_samples: int = flag(-1, "reported examples of GLUE's validation split; < 0: all")
+    select_on: str = flag(
+        "held-out",
+        "what selects the best epoch: 10 %% of the training data that no step sees, or, as in the"
+        " release, the very validation split that is reported",
+        choices=("held-out", "validation"),
+    )
+    not_load_best_model_at_end: bool = flag(False, "keep the last epoch instead of the best")
+    max_seq_len: int = flag(128, "tokens an example; a longer one loses its beginning", least=8)
+    dtype: str = flag(
+        "auto",
+        "of the frozen weights; auto: bfloat16 on a GPU that has it, else float32",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    data_dir: str | None = flag(
+        None,
+        "DIR/<task>/{train,validation}.{parquet,jsonl,csv,tsv}, or mini-glue (embedded; the"
+        " default with --backbone minilm); without it GLUE from the hub or its local cache",
+    )
+    output_dir: str = flag(".save_dir", "the run directories go here")
+    save_merged_model: bool = flag(False, "write the dense model too, to merged_model/")
+    report_to: str = flag("none", "loggers of the Trainer: tensorboard, wandb, ...")
+    resume: bool = flag(False, "skip what is finished, go on with what was interrupted")
+    seed: int = flag(42, "of the data's order, the heads, the adapters and free choices", least=0)
+
+    def __post_init__(self) -> None:
+        """Refuse combinations that cannot work."""
+        problems = []
+        if not self.block or set(self.block) - set("qkv") or len(set(self.block)) < len(self.block):
+            problems.append(f"--block {self.block}: expected letters of q, k and v, each once")
+        if self.freeze not in ("A", "B", "N"):
+            both = set(self.freeze) == set("AB")
+            reason = "A and B both frozen leave nothing to train" if both else "unknown"
+            problems.append(f"--freeze {self.freeze}: {reason}; expected A, B or N")
+        if self.lr == 0 or self.warmup_ratio >= 1:
+            problems.append("--lr must be above 0 and --warmup-ratio below 1")
+        if problems:
+            raise UserError("; ".join(problems))
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """The flags of merge.py. What is not given comes from the runs' own args.json."""
+
+    load_model_path: str = flag(
+        "load_model_path.json",
+        "JSON {task: directory}: run directories of train_glue.py, PEFT LoRA adapters, or dense"
+        " checkpoints",
+        metavar="FILE",
+    )
+    methods: list[str] = flag([], "the merging methods (default: all that --hparams lists)")
+    hparams: str = flag("hparams/merge.json", "JSON {method: {knob: value}}", metavar="FILE")
+    scale: float | None = flag(
+        None, "λ of the methods that have one, instead of --hparams'", type=float
+    )
+    density: float | None = flag(
+        None, "share of the entries that TIES keeps, instead of --hparams'", type=float
+    )
+    output_dir: str = flag(".save_dir/merged", "the merged models and results go here")
+    overwrite: bool = flag(False, "replace an output directory of an earlier merge")
+    no_eval: bool = flag(False, "merge and save only; then any task names will do")
+    backbone: str | None = flag(None, "the base model, instead of the adapters' own")
+    data_dir: str | None = flag(None, "the data to evaluate on, instead of the runs' own")
+    max_test_samples: int | None = flag(
+        None, "reported examples of each validation split; < 0: all", type=int
+    )
+    per_device_eval_bsz: int = flag(64, "evaluation batch size of a device", least=1)
+
+
+def read_json(path: str | Path, field: str) -> Any:
+    """The content of a JSON file that `field` (a flag or a key) names."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{field} {path}: {error.strerror}; name a JSON file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{field} {path}: broken JSON ({error}); mend the file") from None
+
+
+def per_task(path: str | Path, field: str, tasks: Iterable[str], kind: type) -> dict[str, Any]:
+    """{task: value} of a JSON file, for every one of `tasks`; more tasks in it do no harm.
+
+    Raises:
+        UserError: not an object, a task is missing, or a value is no `kind` above zero
+            (for `str`: is empty).
+    """
+    values = read_json(path, field)
+    if not isinstance(values, dict):
+        raise UserError(f"{field} {path}: expected an object {{task: {kind.__name__}}}")
+    problems = []
+    for task in tasks:
+        value = values.get(task)
+        number = kind is float and isinstance(value, int) and not isinstance(value, bool)
+        if task not in values:
+            problems.append(f"lacks the task '{task}'; add it")
+        elif not (type(value) is kind or number):
+            problems.append(f"'{task}': expected {kind.__name__}, found {value!r}")
+        elif not value or (kind is not str and not 0 < value < math.inf):
+            problems.append(f"'{task}': expected a positive number, found {value!r}")
+    if problems:
+        raise UserError(f"{field} {path}: " + "; ".join(problems))
+    return {task: values[task] for task in tasks}
+
+
+def derive_seed(seed: int, *purpose: str) -> int:
+    """A seed of 32 bits of its own for every purpose: tasks do not share random numbers."""
+    digest = hashlib.sha256("/".join([str(seed), *purpose]).encode()).digest()
+    return int.from_bytes(digest[:4], "big")

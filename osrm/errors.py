@@ -1,0 +1,31 @@
+"""The one exception that a user is meant to see, and how a script shows it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line that names the file, the field and the mend."""
+
+
+def run_script(main: Callable[[], None]) -> int:
+    """Run `main`, its progress on stderr; bad input is one line there and exit code 2."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("osrm").setLevel(logging.INFO)
+    # Their warnings are about what every run does on purpose: a new head, a deprecated name
+    # that PEFT still reads, retries while there is no hub.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,59 @@
+"""Scores of a model on a task, under run_glue.py's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from osrm.glue import GlueTask, collator, task_metrics
+
+
+@torch.no_grad()
+def predict(
+    model: Any, dataset: Dataset, tokenizer: Any, batch_size: int, title: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (n, labels) and labels (n,) of a tokenised data set, in its order."""
+    order = np.argsort(-np.asarray(dataset["length"]), kind="stable")  # least padding
+    loader = DataLoader(
+        dataset.select(order),
+        batch_size=batch_size,
+        collate_fn=collator(tokenizer),
+    )
+    low = model.dtype if model.dtype in (torch.bfloat16, torch.float16) else None
+    logits = []
+    training = model.training
+    model.eval()
+    with torch.autocast(model.device.type, dtype=low, enabled=low is not None):
+        for batch in tqdm(loader, desc=title, unit="batch", leave=False):
+            inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
+            logits.append(model(**inputs).logits.float().cpu())
+    model.train(training)
+    outputs = np.empty_like(torch.cat(logits).numpy())
+    outputs[order] = torch.cat(logits).numpy()
+    return outputs, np.asarray(dataset["labels"])
+
+
+def evaluate(
+    model: Any,
+    task: GlueTask,
+    validation: Mapping[str, Dataset],
+    tokenizer: Any,
+    batch_size: int,
+    title: str | None = None,
+) -> dict[str, float]:
+    """{"eval_accuracy": ...} on every validation split; MNLI's mismatched names end in `_mm`."""
+    metrics: dict[str, float] = {}
+    for suffix, dataset in validation.items():
+        logits, labels = predict(
+            model, dataset, tokenizer, batch_size, title or f"evaluate {task.name}{suffix}"
+        )
+        scores = task_metrics(task, logits, labels)
+        metrics |= {f"eval_{name}{suffix}": score for name, score in scores.items()}
+        metrics[f"eval_samples{suffix}"] = len(dataset)
+    return metrics

@@ -1,0 +1,132 @@
+"""Tables and plots out of results.json files: python -m osrm.report A/results.json B/results.json
+
+Every number is recomputed from the scores in the files; nothing is trained or evaluated here.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from osrm.config import read_json
+from osrm.errors import UserError, run_script
+from osrm.glue import TASKS
+from osrm.runs import staged, write_text
+
+Results = Mapping[str, Any]
+"""The content of a results.json: {"init", "rows": [{"name", "scores", "average", ...}], ...}"""
+
+# Okabe and Ito's colours, distinct for colour-blind readers.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+
+
+def rows(
+    metrics: Mapping[str, Mapping[str, Mapping[str, float]]],
+    knobs: Mapping[str, Mapping[str, Any]],
+    seconds: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """The rows of a results.json: each task's score, their average, the normalised average.
+
+    The normalised average is the mean over the tasks of score / score of the task's own adapter;
+    tasks on which that adapter scores 0 or less have no such ratio and do not count.
+    """
+    scores = {
+        row: {task: values[f"eval_{TASKS[task].score}"] for task, values in by_task.items()}
+        for row, by_task in metrics.items()
+    }
+    own = scores["individual"]
+    found = []
+    for row, by_task in scores.items():
+        ratios = [by_task[task] / own[task] for task in own if own[task] > 0]
+        found.append(
+            {
+                "name": row,
+                "knobs": dict(knobs.get(row, {})),
+                "scores": by_task,
+                "average": mean(by_task.values()),
+                "normalised_average": mean(ratios) if ratios else None,
+                "merge_seconds": seconds.get(row),
+                "metrics": {task: dict(values) for task, values in metrics[row].items()},
+            }
+        )
+    return found
+
+
+def table(results: Sequence[Results]) -> str:
+    """The Markdown table: a row for each method and start, a column for each task."""
+    tasks = list(results[0]["tasks"])
+    head = ["start", "row", *tasks, "average", "normalised"]
+    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
+    for each in results:
+        for row in each["rows"]:
+            ratio = row["normalised_average"]
+            numbers = [*(row["scores"][task] for task in tasks), row["average"]]
+            cells = [f"{100 * number:.1f}" for number in numbers]
+            cells.append("–" if ratio is None else f"{100 * ratio:.1f}")
+            lines.append([each["init"], row_title(row), *cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
+        for line in lines
+    )
+    scored = ", ".join(f"{task} {TASKS[task].score.replace('_', ' ')}" for task in tasks)
+    return (
+        f"{text}\n\nScores × 100: {scored}. Normalised: mean of each task's score divided by its"
+        " own adapter's.\n"
+    )
+
+
+def row_title(row: Mapping[str, Any]) -> str:
+    """A method with its knobs, e.g. `ties (density 0.2, scale 1)`."""
+    knobs = ", ".join(f"{name} {value:g}" for name, value in row["knobs"].items())
+    return f"{row['name']} ({knobs})" if knobs else str(row["name"])
+
+
+def plot(results: Sequence[Results], path: Path) -> None:
+    """Bars of the average score: a group for each row, a colour for each start of A."""
+    names = [row_title(row).replace(" (", "\n(") for row in results[0]["rows"]]
+    figure, axes = plt.subplots(figsize=(1.6 + 1.5 * len(names), 4), layout="constrained")
+    width = 0.8 / len(results)
+    for i, each in enumerate(results):
+        places = [place + (i - (len(results) - 1) / 2) * width for place in range(len(names))]
+        heights = [100 * row["average"] for row in each["rows"]]
+        bars = axes.bar(places, heights, width, label=each["init"], color=COLOURS[i % len(COLOURS)])
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+    axes.set_xticks(range(len(names)), names, fontsize=8)
+    axes.set_ylabel(f"average score of {len(results[0]['tasks'])} tasks (× 100)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(title="start of A", frameon=False, ncols=len(results), loc="upper right")
+    axes.margins(y=0.15)
+    figure.savefig(path, dpi=150, format="png")
+    plt.close(figure)
+
+
+def main() -> None:
+    """Read the files, print one table, save it with a plot."""
+    parser = argparse.ArgumentParser(description="One table and plot out of several merges.")
+    parser.add_argument("results", nargs="+", type=Path, help="results.json files of merge.py")
+    parser.add_argument("--output-dir", type=Path, required=True, help="for table.md and plot.png")
+    arguments = parser.parse_args()
+    results = [read_json(path, "results") for path in arguments.results]
+    for path, each in zip(arguments.results, results):
+        if [row["name"] for row in each["rows"]] != [row["name"] for row in results[0]["rows"]]:
+            raise UserError(f"{path}: other methods than {arguments.results[0]}; merge them alike")
+        if list(each["tasks"]) != list(results[0]["tasks"]):
+            raise UserError(f"{path}: other tasks than {arguments.results[0]}; merge them alike")
+    text = table(results)
+    with staged(arguments.output_dir) as staging:
+        write_text(staging / "table.md", text)
+        plot(results, staging / "plot.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_script(main))

@@ -1,0 +1,165 @@
+"""Run directories: their names, what stands in them, and how it gets there whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from osrm.config import TrainConfig, read_json
+from osrm.errors import UserError
+
+ARGS, METRICS, CHECKPOINTS = "args.json", "metrics.json", "checkpoints"
+PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "safetensors")
+# Settings that do not change what a run computes: they may differ when it is resumed.
+VOLATILE = {"tasks", "resume", "report_to", "save_merged_model", "output_dir", "environment"}
+
+
+def run_name(config: TrainConfig) -> str:
+    """The release's name of a run: {backbone}-r{rank}-a{alpha}-{init}-fix{freeze}-..."""
+    backbone = Path(config.backbone).name
+    name = (
+        f"{backbone}-r{config.rank}-a{config.alpha}-{config.init}-fix{config.freeze}"
+        f"-{config.block}-wd{config.weight_decay}-seq{config.max_seq_len}"
+    )
+    if config.init == "analytical":
+        name += f"-{config.max_num_samples}" if config.max_num_samples > 0 else "-full"
+    if config.load_model_path:
+        name += "-transformed"
+    return name
+
+
+def run_dir(config: TrainConfig, task: str) -> Path:
+    """Where the run of one task goes."""
+    return Path(config.output_dir) / task / run_name(config)
+
+
+def environment() -> dict[str, Any]:
+    """Versions of packages and Python, and the git commit of this code (None outside git)."""
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "git_commit": git.stdout.strip() or None,
+    }
+
+
+def args_record(config: TrainConfig, task: str, **more: Any) -> dict[str, Any]:
+    """What args.json holds: every setting of one task's run."""
+    return {"task": task, **asdict(config), **more, "environment": environment()}
+
+
+def check_unfinished(directory: Path, resume: bool) -> bool:
+    """Whether this run is still to be done.
+
+    Raises:
+        UserError: it exists already, and --resume was not given.
+    """
+    if resume:
+        return not (directory / METRICS).exists()
+    if (directory / ARGS).exists():
+        raise UserError(
+            f"{directory} exists already; --resume skips what is finished and goes on with what"
+            " was interrupted, another --output-dir starts anew"
+        )
+    return True
+
+
+def write_args(directory: Path, args: dict[str, Any]) -> None:
+    """Write args.json, before the first step.
+
+    Raises:
+        UserError: an interrupted run with other settings is there.
+    """
+    path = directory / ARGS
+    if path.exists():
+        before = read_json(path, "run directory")
+        now = json.loads(json.dumps(args))
+        changed = [
+            f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+            for key in sorted({*before, *now} - VOLATILE)
+            if before.get(key) != now.get(key)
+        ]
+        if changed:
+            raise UserError(
+                f"{path}: the interrupted run had other settings ({'; '.join(changed)}); give them"
+                " again, or choose another --output-dir"
+            )
+    write_json(path, args)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON; the file appears under its name only when it is whole."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; it appears under its name only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+@contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `directory`, in place of any old one, if all goes well."""
+    staging = directory.with_name(f".{directory.name}.{os.getpid()}")
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        if directory.exists():
+            shutil.rmtree(directory)
+        staging.replace(directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def publish(source: Path, target: Path) -> None:
+    """Move the files of `source` into the existing directory `target`, each at once."""
+    for path in sorted(source.iterdir()):
+        path.replace(target / path.name)
+    source.rmdir()
+
+
+def model_card(args: dict[str, Any], metrics: dict[str, float]) -> str:
+    """README.md of a run directory: what this adapter is, how it scores, how to load it."""
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
+    return f"""---
+base_model: {args["base_model"]}
+library_name: peft
+tags: [lora, osrm, glue]
+---
+
+# {args["task"]}: LoRA on {args["backbone"]}, start of A: {args["init"]}
+
+Rank {args["rank"]}, alpha {args["alpha"]}, projections {args["block"]}, seed {args["seed"]}.
+Every setting stands in `args.json`, the training curve in `trainer_state.json`.
+
+| metric | value |
+|---|---|
+{rows}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+base = AutoModelForSequenceClassification.from_pretrained(
+    "{args["base_model"]}", num_labels={args["num_labels"]}
+)
+model = PeftModel.from_pretrained(base, "path/of/this/directory")
+```
+"""

