@@ -65,9 +65,13 @@ def parse(
         and values[each.name] is not None
         and not (math.isfinite(values[each.name]) and values[each.name] >= least)
     ]
+    try:
+        config = cls(**values)
+    except UserError as error:
+        problems.append(str(error))
     if problems:
         raise UserError("; ".join(problems))
-    return cls(**values)
+    return config
 
 
 @dataclass(frozen=True)
@@ -158,8 +162,15 @@ class TrainConfig:
             both = set(self.freeze) == set("AB")
             reason = "A and B both frozen leave nothing to train" if both else "unknown"
             problems.append(f"--freeze {self.freeze}: {reason}; expected A, B or N")
-        if self.lr == 0 or self.warmup_ratio >= 1:
-            problems.append("--lr must be above 0 and --warmup-ratio below 1")
+        if self.lr == 0:
+            problems.append("--lr 0: nothing would be trained; expected a rate above 0")
+        if self.warmup_ratio >= 1:
+            problems.append(f"--warmup-ratio {self.warmup_ratio}: expected a share below 1")
+        problems += [
+            f"--max-{part}-samples 0: none are left; expected at least 1, or -1 for all"
+            for part in ("train", "eval", "test")
+            if getattr(self, f"max_{part}_samples") == 0
+        ]
         if problems:
             raise UserError("; ".join(problems))
 
@@ -192,6 +203,11 @@ class MergeConfig:
     )
     per_device_eval_bsz: int = flag(64, "evaluation batch size of a device", least=1)
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        if self.max_test_samples == 0:
+            raise UserError("--max-test-samples 0: none are left; expected at least 1, or -1")
+
 
 def read_json(path: str | Path, field: str) -> Any:
     """The content of a JSON file that `field` (a flag or a key) names."""
@@ -222,7 +238,8 @@ def per_task(path: str | Path, field: str, tasks: Iterable[str], kind: type) -> 
         elif not (type(value) is kind or number):
             problems.append(f"'{task}': expected {kind.__name__}, found {value!r}")
         elif not value or (kind is not str and not 0 < value < math.inf):
-            problems.append(f"'{task}': expected a positive number, found {value!r}")
+            wanted = "a path" if kind is str else "a positive number"
+            problems.append(f"'{task}': expected {wanted}, found {value!r}")
     if problems:
         raise UserError(f"{field} {path}: " + "; ".join(problems))
     return {task: values[task] for task in tasks}

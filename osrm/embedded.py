@@ -490,14 +490,16 @@ def cola(archives: Archives) -> Splits:
     Only a sentence that can be broken in each way is used, so that sound and broken ones are
     drawn alike.
     """
-    rng, rows = random.Random(0), list[Row]()
+    rng, labels = random.Random(0), dict[str, int]()
     parsed = {row["sentence2"]: tagged(row) for row in archives.snli["cola"]}
     for sentence, tokens in parsed.items():
         broken = [words for way in BREAKS if tokens and (words := way(tokens, rng))]
-        if len(broken) == len(BREAKS):
-            wrong, label = written(broken[len(rows) // 2 % 3]), 1 - len(rows) % 2
-            if wrong not in parsed:  # some writers do write "Man is asleep."
-                rows.append((sentence if label else wrong, label))
+        if len(broken) < len(BREAKS):
+            continue
+        wrong, label = written(broken[len(labels) // 2 % 3]), 1 - len(labels) % 2
+        if wrong not in parsed and wrong not in labels:  # some writers do write "Man is asleep."
+            labels[sentence if label else wrong] = label
+    rows = list(labels.items())
     return {"train": shuffled(rows[1000:9000]), "validation": shuffled(rows[:1000])}
 
 

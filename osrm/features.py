@@ -18,7 +18,6 @@ from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from osrm.config import derive_seed
@@ -112,13 +111,13 @@ class FeatureFile(Mapping[str, Covariance]):
         """Open the file; raises SafetensorError, KeyError or OSError if it is no such file."""
         self.path = path
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            self.leaders: dict[str, str] = json.loads(metadata["leaders"])
-            self.counts: dict[str, int] = json.loads(metadata["counts"])
+            header = json.loads((file.metadata() or {})["header"])
+            self.leaders: dict[str, str] = header["leaders"]
+            self.counts: dict[str, int] = header["counts"]
             digest = hashlib.sha256()
             for name in sorted(file.keys()):
                 digest.update(file.get_tensor(name).numpy().tobytes())
-            if digest.hexdigest() != metadata["sha256"]:
+            if digest.hexdigest() != header["sha256"]:
                 raise SafetensorError("checksum differs")
 
     @staticmethod
@@ -131,14 +130,15 @@ class FeatureFile(Mapping[str, Covariance]):
         digest = hashlib.sha256()
         for name in sorted(tensors):
             digest.update(tensors[name].numpy().tobytes())
-        metadata = {
-            "leaders": json.dumps(leaders),
-            "counts": json.dumps({name: total.count for name, total in totals.items()}),
+        header = {
+            "leaders": dict(leaders),
+            "counts": {name: total.count for name, total in totals.items()},
             "sha256": digest.hexdigest(),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, temporary, metadata)
+        # One entry: safetensors writes several in no fixed order.
+        save_file(tensors, temporary, {"header": json.dumps(header)})
         temporary.replace(path)
 
     def __getitem__(self, module: str) -> Covariance:
@@ -155,7 +155,10 @@ class FeatureFile(Mapping[str, Covariance]):
 
 
 def task_features(
-    settings: Mapping[str, Any], model: Any, modules: Sequence[str], batches: DataLoader
+    settings: Mapping[str, Any],
+    model: Any,
+    modules: Sequence[str],
+    batches: Iterable[Mapping[str, Tensor]],
 ) -> FeatureFile:
     """The statistics of one task's examples, computed once for all runs that share `settings`.
 

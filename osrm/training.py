@@ -78,6 +78,7 @@ def fit(
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=config.report_to,
         disable_tqdm=False,
+        use_cpu=not torch.cuda.is_available(),  # or bf16 would be refused there
         seed=seed,
     )
 

@@ -33,7 +33,7 @@ from osrm.glue import TASKS
 
 torch.set_num_threads(1)
 
-WORDS = "a the no is was not good bad dog cat runs sleeps sees film very old new man woman".split()
+WORDS = ["a", "the", "no", "is", "was", "not", "good", "bad", "dog", "cat", "runs", "sleeps", "sees", "film", "very", "old", "new", "man", "woman"]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 COMMON = {
     "vocab_size": len(WORDS) + len(SPECIAL),
@@ -117,16 +117,21 @@ def make_examples(task: str, count: int, seed: int) -> list[dict]:
     return examples
 
 
+def write_data(folder: Path, tasks: list[str], **splits: int) -> Path:
+    """A --data-dir of made-up examples: {split: how many}."""
+    for task in tasks:
+        (folder / task).mkdir(parents=True)
+        for split, count in splits.items():
+            lines = [json.dumps(each) for each in make_examples(task, count, seed=len(split))]
+            (folder / task / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """A --data-dir with three small tasks."""
     folder = tmp_path_factory.mktemp("data")
-    for task in ("rte", "sst2", "stsb"):
-        (folder / task).mkdir()
-        for split, count in (("train", 60), ("validation", 24)):
-            lines = [json.dumps(each) for each in make_examples(task, count, seed=len(split))]
-            (folder / task / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
+    return write_data(folder, ["rte", "sst2", "stsb"], train=60, validation=24)
 
 
 @pytest.fixture(autouse=True)

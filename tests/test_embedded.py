@@ -132,6 +132,7 @@ def test_nothing_else_is_said_when_loading():
 
 
 def test_tokenizer_is_berts():
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(embedded.minilm())
@@ -141,6 +142,9 @@ def test_tokenizer_is_berts():
     assert tokenizer.pad_token_id == 0
     assert tokenizer.model_max_length == 512
     assert len(tokenizer("word " * 300)["input_ids"]) == 302
+    # Read without transformers, too, nothing is cut or padded.
+    bare = Tokenizer.from_file(str(embedded.minilm() / "tokenizer.json"))
+    assert [len(bare.encode("word " * length).ids) for length in (3, 300)] == [5, 302]
 
 
 # -- the data

@@ -49,9 +49,10 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 
 def merge(name: str, updates: Updates, /, **knobs: Any) -> Updates:
-    """The update that each task receives from the method `name`: computed in float32, lazily.
+    """The update that each task receives from the method `name`, computed in float32.
 
-    The rows of every stack are the tasks, in the order of `updates`. What all tasks share comes
+    Statistics over all modules are taken at once, in passes over `updates`; a module is merged
+    anew at each look-up. Rows are the tasks, in the order of `updates`. What all tasks share comes
     back as an expanded view: copy it before writing into it.
 
     Raises:

@@ -12,8 +12,8 @@ from osrm.merging._updates import LazyUpdates, Updates
 def emr(updates: Updates) -> Updates:
     """Task t receives rescaler_t · mask_t · unified: tasks share one update, but not one sign.
 
-    An entry of task t is thus the largest magnitude among the tasks that agree with the elected
-    sign, or zero where t itself does not agree.
+    Up to its rescaler, task t thus receives the largest entry among the tasks that agree with the
+    elected sign, and zero where t itself does not agree.
 
     Args:
         updates: the stack τ of every module. It is read once before the first look-up.
@@ -44,9 +44,8 @@ def mask_unified(deltas: Float[Tensor, "task out in"]) -> Float[Tensor, "task ou
 def rescalers(updates: Updates) -> Float64[Tensor, "task"]:
     """Σ_modules mean|τ_t| / Σ_modules mean|mask_t · unified|: modules of any size count alike.
 
-    So the authors' code; their paper divides the sums over all entries instead. A task that
-    agrees nowhere, such as one without an update, receives zero in either case: its rescaler
-    would be 0/0 and is 0.
+    So the authors' code; their paper divides the sums over all entries instead. For a task that
+    agrees nowhere, such as one without an update, the quotient by zero is taken to be zero.
     """
     own, unified = reduce(torch.add, (magnitudes(updates[name]) for name in updates))
     return torch.where(unified > 0, own / unified, 0.0)

@@ -1,0 +1,44 @@
+# make demo   train five tasks from two starts, merge them, print the table
+# make test   the whole test suite
+# Both set up .venv first. PYTHON=python3.12 make demo takes another interpreter.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+
+DEMO := .save_dir/demo
+TASKS := mrpc sst2 mnli qnli stsb
+RUN := minilm-r8-a16
+REST := fixN-qv-wd0.0-seq128
+STARTS := gaussian analytical
+TRAIN := --backbone minilm --tasks $(TASKS) --other-tasks $(TASKS) --epochs 2 --lr 2e-3 \
+	--per-device-train-bsz 32 --max-train-samples 960 --max-eval-samples 200 \
+	--max-test-samples 300 --output-dir $(DEMO) --resume
+
+.PHONY: demo test check install
+
+demo: install
+	$(PY) train_glue.py $(TRAIN) --init gaussian
+	$(PY) train_glue.py $(TRAIN) --init analytical
+	$(PY) merge.py --load-model-path $(DEMO)/load_model_path-$(RUN)-gaussian-$(REST).json \
+		--output-dir $(DEMO)/merged-gaussian --overwrite
+	$(PY) merge.py --load-model-path $(DEMO)/load_model_path-$(RUN)-analytical-$(REST)-100.json \
+		--output-dir $(DEMO)/merged-analytical --overwrite
+	$(PY) -m osrm.report $(DEMO)/merged-gaussian/results.json \
+		$(DEMO)/merged-analytical/results.json --output-dir $(DEMO)/report
+	@echo "The table is $(DEMO)/report/table.md, the plot $(DEMO)/report/plot.png. Next:" \
+		"train all eight tasks with '$(PY) train_glue.py --backbone minilm --init analytical --lr 2e-3'"
+
+test: install
+	$(PY) -m pytest -n 2
+
+check: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --editable '.[dev]'
+	touch $@

@@ -1,0 +1,207 @@
+"""Adapters: PEFT's own functions are the oracle for every name, shape and scaling."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+from osrm.adapters import (
+    adapted_modules,
+    add_lora,
+    applied,
+    load_head,
+    read_adapter,
+    save_adapter,
+    write_factors,
+    write_head,
+)
+from osrm.backbones import head_names, projections
+from osrm.errors import UserError
+
+FAMILIES = ["roberta", "bert", "mpnet", "distilbert", "t5", "llama"]
+HEADS = {
+    "roberta": ["classifier"],
+    "bert": ["classifier"],
+    "mpnet": ["classifier"],
+    "distilbert": ["pre_classifier", "classifier"],
+    "t5": ["classification_head"],
+    "llama": ["score"],
+}
+IDS = torch.tensor([[1, 5, 9, 8, 2], [1, 7, 2, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+
+
+def load(directory):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=3).eval()
+    model.config.pad_token_id = 0
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, attention_mask=MASK).logits
+
+
+def randomise(model, seed=1):
+    """Random A, B and head: an adapter as after a training."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_projections_and_heads_are_found_from_the_models_own_names(tiny, family):
+    model = load(tiny[family])
+    assert head_names(model) == HEADS[family]
+    found = {block: projections(model, block, 2) for block in ("q", "k", "v", "qkv")}
+    attentions = 6 if family == "t5" else 2  # T5: encoder, decoder and cross attention
+    assert [len(found[block]) for block in found] == [attentions] * 3 + [3 * attentions]
+    assert not any(name.startswith(tuple(HEADS[family])) for name in found["qkv"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_adapter_gives_the_same_logits_through_peft_and_through_our_own_path(
+    tiny, family, tmp_path
+):
+    base = load(tiny[family])
+    model = add_lora(base, projections(base, "qv", 2), rank=2, alpha=6)
+    randomise(model)
+    expected = logits(model.eval())
+    save_adapter(model, tmp_path)
+
+    through_peft = PeftModel.from_pretrained(load(tiny[family]), tmp_path).eval()
+    torch.testing.assert_close(logits(through_peft), expected)
+
+    pairs, head, name = read_adapter(tmp_path)
+    ours = load(tiny[family])
+    load_head(ours, head)
+    untouched = logits(ours)
+    with applied(ours, {module: pair.delta for module, pair in pairs.items()}):
+        torch.testing.assert_close(logits(ours), expected, rtol=1e-5, atol=1e-5)
+    assert name == str(tiny[family])
+    assert torch.equal(logits(ours), untouched)
+    assert (untouched - expected).abs().max() > 1e-3  # the update does something
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_at_the_start_the_outputs_are_the_base_models_exactly(tiny, family):
+    base = load(tiny[family])
+    before = logits(base)
+    modules = projections(base, "qkv", 2)
+    model = add_lora(base, modules, rank=2, alpha=6)
+    start = {name: torch.eye(2, 32) for name in modules}
+    write_factors(model, start)
+    assert torch.equal(logits(model.eval()), before)
+    for name in modules:
+        weight = model.get_base_model().get_submodule(name).lora_A["default"].weight
+        assert torch.equal(weight, start[name])
+
+
+def test_factors_for_other_layers_are_refused(tiny):
+    base = load(tiny["roberta"])
+    modules = projections(base, "qv", 2)
+    model = add_lora(base, modules, rank=2, alpha=6)
+    assert adapted_modules(model) == modules
+    with pytest.raises(ValueError, match="LoRA on"):
+        write_factors(model, {modules[0]: torch.eye(2, 32)})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 4, "lora_alpha": 7},
+        {"r": 4, "lora_alpha": 7, "use_rslora": True},
+        {"r": 4, "lora_alpha": 7, "alpha_pattern": {"layer.0.attention.self.query": 3}},
+        {"r": 4, "lora_alpha": 7, "rank_pattern": {"value": 2}},
+        {"r": 4, "lora_alpha": 7, "rank_pattern": {"value": 2}, "use_rslora": True},
+    ],
+    ids=str,
+)
+def test_the_update_is_the_one_that_peft_merges(tiny, tmp_path, options):
+    base = load(tiny["roberta"])
+    weights = {name: module.weight.clone() for name, module in _linear(base)}
+    model = get_peft_model(base, LoraConfig(target_modules=["query", "value"], **options))
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    pairs, head, _ = read_adapter(tmp_path)
+    merged = dict(_linear(model.merge_and_unload()))
+    assert head == {} and len(pairs) == 4
+    for name, pair in pairs.items():
+        torch.testing.assert_close(pair.delta, merged[name].weight - weights[name])
+
+
+def _linear(model):
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"bias": "lora_only"},
+        {"lora_bias": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+    ],
+    ids=str,
+)
+def test_adapters_that_are_more_than_a_product_are_refused_by_name(tiny, tmp_path, options):
+    config = LoraConfig(r=2, target_modules=["query"], **options)
+    get_peft_model(load(tiny["roberta"]), config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=str(next(iter(options.values()))).replace("True", "_")):
+        read_adapter(tmp_path)
+
+
+def test_a_freed_weight_comes_back_after_an_error(tiny):
+    model = load(tiny["roberta"])
+    name = projections(model, "q", 2)[0]
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="stop"), applied(model, {name: torch.ones(32, 32)}):
+        assert not torch.equal(model.state_dict()[name + ".weight"], before[name + ".weight"])
+        raise RuntimeError("stop")
+    with (
+        pytest.raises(ValueError, match="no linear layer"),
+        applied(model, {name: torch.ones(32, 32), "no.such.layer": torch.ones(32, 32)}),
+    ):
+        pass
+    with pytest.raises(ValueError, match="update"), applied(model, {name: torch.ones(3, 3)}):
+        pass
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_freezing_and_precision(tiny):
+    """What is trained is float32 on bfloat16 weights; --freeze A or B holds that factor alone."""
+    for freeze, held in (("N", ()), ("A", ("lora_A",)), ("B", ("lora_B",))):
+        base = load(tiny["roberta"]).bfloat16()
+        model = add_lora(base, projections(base, "qv", 2), 2, 4, freeze)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        kinds = {kind for kind in ("lora_A", "lora_B", "classifier") for n in trained if kind in n}
+        assert kinds == {"lora_A", "lora_B", "classifier"} - set(held)
+        assert all(p.dtype == torch.float32 for p in trained.values())
+        assert base.roberta.embeddings.word_embeddings.weight.dtype == torch.bfloat16
+
+
+def test_heads_must_fit(tiny, tmp_path):
+    base = load(tiny["roberta"])
+    model = add_lora(base, projections(base, "qv", 2), 2, 4)
+    randomise(model)
+    save_adapter(model, tmp_path)
+    _, head, _ = read_adapter(tmp_path)
+    fresh = load(tiny["roberta"])
+    other = add_lora(fresh, projections(fresh, "qv", 2), 2, 4)
+    write_head(other, head)
+    saved = tmp_path / "again"
+    save_adapter(other, saved)
+    assert all(torch.equal(tensor, head[name]) for name, tensor in read_adapter(saved)[1].items())
+    with pytest.raises(ValueError, match="the model wants"):
+        load_head(load(tiny["roberta"]), {})
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"].count("classifier") >= 1

@@ -1,0 +1,292 @@
+"""merge.py: from run directories to merged models, scores and tables."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+from osrm import load_merged, report
+from osrm.adapters import read_adapter
+from osrm.backbones import find_backbone, load_tokenizer
+from osrm.commands.merge import run
+from osrm.commands.train import train
+from osrm.config import MergeConfig, TrainConfig, parse
+from osrm.errors import UserError
+from osrm.evaluation import predict
+from osrm.glue import TASKS, load_task, split_task, tokenize
+from osrm.merging import METHODS
+from osrm.runs import run_dir
+
+NAMES = ["rte", "sst2", "stsb"]
+
+
+@pytest.fixture(scope="module", params=["roberta", "t5", "llama"])
+def runs(request, tiny, tiny_data, tmp_path_factory):
+    """Three tiny tasks of one family, trained, with a dense model beside each adapter."""
+    out = tmp_path_factory.mktemp(f"runs-{request.param}")
+    config = TrainConfig(
+        backbone=str(tiny[request.param]),
+        data_dir=str(tiny_data),
+        output_dir=str(out),
+        rank=2,
+        alpha=4,
+        epochs=2,
+        lr=1e-2,
+        per_device_train_bsz=16,
+        max_seq_len=32,
+        save_merged_model=True,
+    )
+    train(config)
+    return config
+
+
+def directories(config: TrainConfig, below: str = "") -> dict[str, str]:
+    return {task: str(run_dir(config, task) / below) for task in NAMES}
+
+
+def write(path: Path, value) -> str:
+    path.write_text(json.dumps(value))
+    return str(path)
+
+
+def merged(config, tmp_path, name="out", **options) -> Path:
+    paths = options.pop("paths", None) or directories(config)
+    file = write(tmp_path / "load_model_path.json", paths)
+    run(MergeConfig(load_model_path=file, output_dir=str(tmp_path / name), **options))
+    return tmp_path / name
+
+
+def validation(config, task):
+    data = split_task(load_task(TASKS[task], config.data_dir), config.seed).validation[""]
+    tokenizer = load_tokenizer(find_backbone(config.backbone))
+    return tokenize(data, TASKS[task], tokenizer, config.max_seq_len), tokenizer
+
+
+def test_the_whole_journey(runs, tmp_path):
+    out = merged(runs, tmp_path)
+    results = json.loads((out / "results.json").read_text())
+    rows = {row["name"]: row for row in results["rows"]}
+    assert [*rows] == ["pre-trained", "individual", *METHODS]
+    for task in NAMES:
+        trained = json.loads((run_dir(runs, task) / "metrics.json").read_text())
+        own = rows["individual"]["metrics"][task]
+        # B A x against (W0 + B A) x: rounding shows in the correlation of near-constant outputs.
+        assert own == pytest.approx({name: trained[name] for name in own}, abs=1e-4)
+    for row in rows.values():
+        scores, own = row["scores"], rows["individual"]["scores"]
+        assert row["average"] == pytest.approx(sum(scores.values()) / 3)
+        ratios = [scores[task] / own[task] for task in NAMES if own[task] > 0]
+        assert row["normalised_average"] == pytest.approx(sum(ratios) / len(ratios))
+    text = (out / "results.md").read_text()
+    assert len(re.findall(r"^\| gaussian", text, re.MULTILINE)) == len(rows)
+    assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_merged_model_is_base_plus_update_with_the_tasks_own_head(runs, tmp_path):
+    """Through transformers alone: W0 + mean of what PEFT merges, and the trained head."""
+    out = merged(runs, tmp_path, methods=["average", "emr"], no_eval=True)
+    dense = {
+        task: AutoModelForSequenceClassification.from_pretrained(path)
+        for task, path in directories(runs, "merged_model").items()
+    }
+    for task in NAMES:
+        model = load_merged(out / "average", task)
+        assert model.config.num_labels == TASKS[task].num_labels and not model.training
+        stacked = [model.base_model.state_dict() for model in dense.values()]
+        for name, tensor in model.base_model.state_dict().items():
+            mean = torch.stack([each[name].double() for each in stacked]).mean(0)
+            torch.testing.assert_close(tensor.double(), mean, rtol=1e-5, atol=1e-6)
+        heads = model.state_dict().keys() - {
+            f"{model.base_model_prefix}.{name}" for name in model.base_model.state_dict()
+        }
+        assert heads
+        for name in heads:
+            assert torch.equal(model.state_dict()[name], dense[task].state_dict()[name])
+    emr = {task: load_merged(out / "emr", task).base_model.state_dict() for task in NAMES}
+    assert any(not torch.equal(emr["rte"][name], emr["sst2"][name]) for name in emr["rte"])
+
+
+def test_the_scores_are_those_of_the_loaded_model(runs, tmp_path):
+    out = merged(runs, tmp_path, methods=["ties"])
+    row = json.loads((out / "results.json").read_text())["rows"][-1]
+    for task in NAMES:
+        data, tokenizer = validation(runs, task)
+        logits, labels = predict(load_merged(out / "ties", task), data, tokenizer, 8, task)
+        if task != "stsb":
+            assert row["scores"][task] == pytest.approx((logits.argmax(-1) == labels).mean())
+
+
+def test_one_task_alone_is_its_own_adapter_through_every_path(runs, tmp_path):
+    """The same logits through PEFT, the merged path and the dense model."""
+    paths = {"sst2": str(run_dir(runs, "sst2"))}
+    out = merged(runs, tmp_path, methods=["average"], no_eval=True, paths=paths)
+    data, tokenizer = validation(runs, "sst2")
+    base = AutoModelForSequenceClassification.from_pretrained(runs.backbone, num_labels=2)
+    base.config.pad_token_id = tokenizer.pad_token_id
+    expected, _ = predict(PeftModel.from_pretrained(base, paths["sst2"]), data, tokenizer, 8, "")
+    ours, _ = predict(load_merged(out / "average", "sst2"), data, tokenizer, 8, "")
+    assert abs(ours - expected).max() < 1e-5
+
+
+def test_dense_checkpoints_merge_like_the_adapters_they_came_from(runs, tmp_path):
+    """A mixture of both forms; what is stored dense is rounded to float32 once."""
+    mixed = directories(runs) | {"rte": directories(runs, "merged_model")["rte"]}
+    one = merged(runs, tmp_path, "one", no_eval=True, methods=["average"])
+    two = merged(runs, tmp_path, "two", no_eval=True, methods=["average"], paths=mixed)
+    states = [load_merged(out / "average", "rte").state_dict() for out in (one, two)]
+    for name in states[0]:
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-5, atol=1e-6)
+    assert json.loads((two / "average" / "recipe.json").read_text())["backbone"] == runs.backbone
+
+
+def test_merged_model_means_the_run_directory_where_no_dense_model_was_saved(runs, tmp_path):
+    """The release's load_model_path.json names merged_model/, which is written on request."""
+    renamed = []
+    for path in map(Path, directories(runs, "merged_model").values()):
+        path.rename(path.with_name("away"))
+        renamed.append(path)
+    try:
+        paths = directories(runs, "merged_model")
+        out = merged(runs, tmp_path, no_eval=True, methods=["average"], paths=paths)
+    finally:
+        for path in renamed:
+            path.with_name("away").rename(path)
+    recipe = json.loads((out / "average" / "recipe.json").read_text())
+    assert {task: each["path"] for task, each in recipe["tasks"].items()} == {
+        task: path.rstrip("/") for task, path in directories(runs).items()
+    }
+
+
+def test_the_recipe_says_what_went_in(runs, tmp_path):
+    knobs = {"scale": 0.5, "density": 0.4}
+    out = merged(runs, tmp_path, methods=["ties", "task_arithmetic"], no_eval=True, **knobs)
+    recipes = {
+        name: json.loads((out / name / "recipe.json").read_text())
+        for name in ("ties", "task_arithmetic")
+    }
+    assert recipes["ties"]["knobs"] == knobs and recipes["task_arithmetic"]["knobs"] == {
+        "scale": 0.5
+    }
+    checksums = {each["sha256"] for each in recipes["ties"]["tasks"].values()}
+    assert len(checksums) == 3 and all(len(each) == 64 for each in checksums)
+    assert "torch" in recipes["ties"]["environment"]
+
+
+def test_flags_override_the_runs_own_settings(runs, tmp_path):
+    out = merged(runs, tmp_path, methods=["average"], max_test_samples=5)
+    results = json.loads((out / "results.json").read_text())
+    assert {each["max_test_samples"] for each in results["evaluation"].values()} == {5}
+    assert {each["max_seq_len"] for each in results["evaluation"].values()} == {32}
+    assert results["rows"][0]["metrics"]["rte"]["eval_samples"] == 5
+
+
+def test_an_existing_output_stays_whole_until_a_new_one_is(runs, tmp_path, monkeypatch):
+    out = merged(runs, tmp_path, methods=["average"], no_eval=True)
+    with pytest.raises(UserError, match="--overwrite"):
+        merged(runs, tmp_path, methods=["average"], no_eval=True)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def disk_full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("osrm.merged.save_file", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        merged(runs, tmp_path, methods=["ties"], no_eval=True, overwrite=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_any_peft_adapter_will_do(tiny, tmp_path):
+    """Made by PEFT alone, without heads, for tasks that are not GLUE's."""
+    paths = {}
+    for i, task in enumerate(("polite", "brief")):
+        torch.manual_seed(i)
+        base = AutoModelForSequenceClassification.from_pretrained(tiny["roberta"])
+        config = LoraConfig(r=2 + i, target_modules=["query"], use_rslora=True)
+        model = get_peft_model(base, config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_()
+        model.save_pretrained(tmp_path / task)
+        paths[task] = str(tmp_path / task)
+    out = merged(None, tmp_path, paths=paths, methods=["task_arithmetic"], scale=1.0, no_eval=True)
+    recipe = json.loads((out / "task_arithmetic" / "recipe.json").read_text())
+    assert recipe["backbone"] == str(tiny["roberta"])
+    from osrm.merged import MergedUpdate
+
+    update = MergedUpdate(out / "task_arithmetic", "brief")
+    pairs = [read_adapter(Path(path))[0] for path in paths.values()]
+    for name in update:
+        expected = pairs[0][name].delta + pairs[1][name].delta
+        torch.testing.assert_close(update[name], expected)
+    with pytest.raises(UserError, match="merged from"):
+        load_merged(out / "task_arithmetic", "rte")
+
+
+def test_the_report_joins_several_merges(runs, tmp_path, monkeypatch, capsys):
+    first = merged(runs, tmp_path, "a", methods=["average"])
+    other = json.loads((first / "results.json").read_text()) | {"init": "analytical"}
+    second = Path(write(tmp_path / "results.json", other))
+    arguments = [str(first / "results.json"), str(second), "--output-dir", str(tmp_path / "r")]
+    monkeypatch.setattr("sys.argv", ["report", *arguments])
+    report.main()
+    text = (tmp_path / "r" / "table.md").read_text()
+    assert text.strip() in capsys.readouterr().out
+    starts = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
+    assert starts == ["start", "---", *["gaussian"] * 3, *["analytical"] * 3]
+    assert (tmp_path / "r" / "plot.png").read_bytes().startswith(b"\x89PNG")
+    other["tasks"] = {"rte": {}}
+    write(second, other)
+    with pytest.raises(UserError, match="other tasks"):
+        report.main()
+
+
+def test_transforming_moves_the_update_into_the_subspace(runs, tmp_path):
+    """Details 2, 17 and 18: B = ΔW Aᵀ / scaling, with the trained head, before and after scored."""
+    paths = write(tmp_path / "paths.json", directories(runs))
+    options = {**vars(runs), "init": "analytical", "output_dir": str(tmp_path / "moved")}
+    config = TrainConfig(**options | {"load_model_path": paths, "save_merged_model": False})
+    train(config)
+    for task in NAMES:
+        directory = run_dir(config, task)
+        source, source_head, _ = read_adapter(run_dir(runs, task))
+        moved, head, _ = read_adapter(directory)
+        kept = whole = 0.0
+        for name, pair in moved.items():
+            A, delta = pair.A.double(), source[name].delta.double()
+            torch.testing.assert_close(A @ A.T, torch.eye(2).double(), rtol=0, atol=1e-6)
+            torch.testing.assert_close(pair.delta.double(), delta @ A.T @ A, rtol=1e-4, atol=1e-6)
+            kept += float((delta @ A.T @ A).square().sum())
+            whole += float(delta.square().sum())
+        assert all(torch.equal(head[name], source_head[name]) for name in head)
+        metrics = json.loads((directory / "metrics.json").read_text())
+        assert metrics["kept_share_of_update"] == pytest.approx(kept / whole, rel=1e-4)
+        before = json.loads((run_dir(runs, task) / "metrics.json").read_text())
+        score = f"eval_{TASKS[task].score}"
+        assert metrics[f"source_{score}"] == pytest.approx(before[score], abs=1e-4)
+
+
+def test_a_checkpoint_that_is_in_the_subspace_already_comes_through_unchanged(runs, tmp_path):
+    """With A held fixed in training, projecting onto that A loses nothing."""
+    options = {**vars(runs), "init": "analytical", "freeze": "A", "save_merged_model": False}
+    frozen = TrainConfig(**options | {"output_dir": str(tmp_path / "frozen"), "tasks": ["rte"]})
+    train(frozen)
+    paths = write(tmp_path / "paths.json", {"rte": str(run_dir(frozen, "rte"))})
+    moved = TrainConfig(**vars(frozen) | {"load_model_path": paths})
+    train(moved)
+    metrics = json.loads((run_dir(moved, "rte") / "metrics.json").read_text())
+    assert metrics["kept_share_of_update"] == pytest.approx(1, abs=1e-5)
+    source, after = (read_adapter(run_dir(each, "rte"))[0] for each in (frozen, moved))
+    for name in source:
+        torch.testing.assert_close(after[name].delta, source[name].delta, rtol=1e-4, atol=1e-6)
+
+
+def test_defaults_come_from_the_shipped_files(monkeypatch):
+    config = parse(MergeConfig, None, [])
+    assert config.load_model_path == "load_model_path.json"
+    assert [*json.loads(Path(config.hparams).read_text())] == [*METHODS]

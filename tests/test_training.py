@@ -1,0 +1,257 @@
+"""Training: what the release broke in silence, each shown broken in the release's way too."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+)
+
+from osrm.adapters import add_lora, read_adapter
+from osrm.backbones import find_backbone, load_model, load_tokenizer, projections
+from osrm.commands.train import train
+from osrm.config import TrainConfig
+from osrm.errors import UserError
+from osrm.evaluation import predict
+from osrm.glue import TASKS, tokenize
+from osrm.runs import run_dir
+from osrm.training import enable_checkpointing
+from tests.conftest import make_examples, write_data
+
+FAMILIES = ["roberta", "t5", "llama"]
+LABELS = TASKS["rte"].labels
+
+
+def small(tiny, tiny_data, out, family="roberta", **more):
+    """A run of seconds on a tiny random model."""
+    return TrainConfig(
+        **{
+            "backbone": str(tiny[family]),
+            "data_dir": str(tiny_data),
+            "output_dir": str(out),
+            "tasks": ["rte", "sst2"],
+            "rank": 2,
+            "alpha": 4,
+            "epochs": 2,
+            "lr": 1e-2,
+            "per_device_train_bsz": 16,
+            **more,
+        }
+    )
+
+
+def with_lora(directory):
+    backbone = find_backbone(str(directory))
+    tokenizer = load_tokenizer(backbone)
+    model = load_model(backbone, LABELS, tokenizer, torch.float32)
+    return add_lora(model, projections(model, "qv", 2), 2, 4), tokenizer
+
+
+def gradients(model, tokenizer):
+    """{name: has a gradient} of every adapter factor, B not at zero so that A gets one too."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    batch = tokenizer(["a good dog runs", "the cat sleeps"], padding=True, return_tensors="pt")
+    model.train()
+    model(**batch, labels=torch.tensor([0, 1])).loss.backward()
+    return {
+        name: parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        for name, parameter in model.named_parameters()
+        if "lora_" in name
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_trains_every_factor(tiny, family):
+    """Detail 6."""
+    model, tokenizer = with_lora(tiny[family])
+    enable_checkpointing(model)
+    assert model.get_base_model().is_gradient_checkpointing
+    found = gradients(model, tokenizer)
+    assert found and all(found.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_releases_checkpointing_trains_none(tiny, family):
+    model, tokenizer = with_lora(tiny[family])
+    base = model.get_base_model()
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    base.disable_input_require_grads() if hasattr(base, "_require_grads_hook") else None
+    assert not any(gradients(model, tokenizer).values())
+
+
+def test_a_models_own_padding_token_stays(tiny):
+    """Detail 8: positions of RoBERTa are counted from its padding id."""
+    tokenizer = load_tokenizer(find_backbone(str(tiny["roberta"])))
+    assert tokenizer.pad_token == "<pad>"
+    llama = find_backbone(str(tiny["llama"]))
+    assert AutoTokenizer.from_pretrained(llama.path).pad_token is None
+    assert load_tokenizer(llama).pad_token == "</s>"
+    model = load_model(llama, LABELS, load_tokenizer(llama), torch.float32)
+    assert model.config.pad_token_id == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_leaves_everything_that_it_should(tiny, tiny_data, tmp_path, family):
+    """Details 7 and 9: the head of every family is trained and saved, the adapter is not empty."""
+    config = small(tiny, tiny_data, tmp_path, family, init="analytical", save_merged_model=True)
+    train(config)
+    for task in ("rte", "sst2"):
+        directory = run_dir(config, task)
+        assert {path.name for path in directory.iterdir()} == {
+            *("adapter_config.json", "adapter_model.safetensors", "init_model", "merged_model"),
+            *("args.json", "metrics.json", "trainer_state.json", "README.md"),
+        }
+        before, head_before, _ = read_adapter(directory / "init_model")
+        after, head_after, _ = read_adapter(directory)
+        for name, pair in after.items():
+            assert not before[name].B.any() and pair.B.any()
+            assert not torch.equal(before[name].A, pair.A)
+        assert all(not torch.equal(head_after[name], head_before[name]) for name in head_after)
+
+        labels = {"num_labels": 2}
+        base = AutoModelForSequenceClassification.from_pretrained(tiny[family], **labels)
+        dense = AutoModelForSequenceClassification.from_pretrained(directory / "merged_model")
+        peft = PeftModel.from_pretrained(base, directory)
+        tokenizer = load_tokenizer(find_backbone(str(tiny[family])))
+        data = tokenize(
+            Dataset.from_list(make_examples(task, 9, seed=5)), TASKS[task], tokenizer, 32
+        )
+        base.config.pad_token_id = dense.config.pad_token_id
+        through_peft, _ = predict(peft, data, tokenizer, 4, "peft")
+        through_dense, _ = predict(dense, data, tokenizer, 4, "dense")
+        np.testing.assert_allclose(through_peft, through_dense, rtol=1e-4, atol=1e-5)
+
+
+def test_orthonormal_start_and_a_seed_for_each_task(tiny, tiny_data, tmp_path):
+    """Detail 13: one seed gave all two-label tasks the same gaussian A, byte for byte."""
+    gaussian = small(tiny, tiny_data, tmp_path, init="gaussian", epochs=1)
+    analytical = small(tiny, tiny_data, tmp_path, init="analytical", epochs=1)
+    train(gaussian)
+    train(analytical)
+    starts = {
+        (config.init, task): read_adapter(run_dir(config, task) / "init_model")
+        for config in (gaussian, analytical)
+        for task in ("rte", "sst2")
+    }
+    first = next(iter(starts["gaussian", "rte"][0]))
+    A = {key: pairs[first].A for key, (pairs, _, _) in starts.items()}
+    assert not torch.equal(A["gaussian", "rte"], A["gaussian", "sst2"])
+    torch.testing.assert_close(A["analytical", "rte"] @ A["analytical", "rte"].T, torch.eye(2))
+    heads = {key: head["classifier.dense.weight"] for key, (_, head, _) in starts.items()}
+    assert not torch.equal(heads["gaussian", "rte"], heads["gaussian", "sst2"])
+    # The two arms of a comparison differ in A alone.
+    assert torch.equal(heads["gaussian", "rte"], heads["analytical", "rte"])
+
+
+def test_only_osrm_looks_at_features(tiny, tiny_data, tmp_path, monkeypatch):
+    """Detail 16."""
+    monkeypatch.setattr("osrm.commands.train.collect_features", lambda _: pytest.fail("features"))
+    train(small(tiny, tiny_data, tmp_path, init="gaussian", epochs=1, tasks=["rte"]))
+
+
+def test_args_and_metrics(tiny, tiny_data, tmp_path):
+    config = small(
+        tiny, tiny_data, tmp_path, tasks=["stsb"], max_test_samples=20, init="analytical"
+    )
+    train(config)
+    directory = run_dir(config, "stsb")
+    args = json.loads((directory / "args.json").read_text())
+    assert args["task"] == "stsb" and args["lr"] == 1e-2 and args["other_tasks"] == ["rte", "sst2"]
+    assert {"torch", "peft", "transformers", "git_commit"} <= args["environment"].keys()
+    assert args["data"]["train"]["examples"] == 54 and args["data"]["selection"]["examples"] == 6
+    assert len({split["fingerprint"] for split in args["data"].values()}) == 3
+    metrics = json.loads((directory / "metrics.json").read_text())
+    names = {"eval_pearson", "eval_spearmanr", "eval_combined_score", "eval_samples"}
+    assert names <= metrics.keys() and metrics["eval_samples"] == 20
+    assert all(math.isfinite(value) for value in metrics.values())
+    state = json.loads((directory / "trainer_state.json").read_text())
+    scores = [log["eval_combined_score"] for log in state["log_history"] if "eval_loss" in log]
+    assert len(scores) == 2 and metrics["selection_combined_score"] == max(scores)
+
+
+def test_a_finished_task_is_not_trained_again(tiny, tiny_data, tmp_path):
+    config = small(tiny, tiny_data, tmp_path, tasks=["rte"], epochs=1)
+    train(config)
+    adapter = run_dir(config, "rte") / "adapter_model.safetensors"
+    before = adapter.stat().st_mtime_ns
+    train(small(tiny, tiny_data, tmp_path, epochs=1, resume=True))  # and sst2 is, now
+    assert adapter.stat().st_mtime_ns == before
+    assert (run_dir(config, "sst2") / "metrics.json").exists()
+
+
+class Interrupted(Exception):
+    pass
+
+
+class StopAfterTwoEpochs(TrainerCallback):
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if state.epoch and state.epoch >= 2:
+            raise Interrupted
+
+
+def test_an_interrupted_task_goes_on_and_ends_as_if_undisturbed(
+    tiny, tiny_data, tmp_path, monkeypatch
+):
+    settings = {"tasks": ["rte"], "epochs": 4, "init": "analytical"}
+    undisturbed = small(tiny, tiny_data, tmp_path / "a", **settings)
+    train(undisturbed)
+
+    def interrupted(**options):
+        return Trainer(**options, callbacks=[StopAfterTwoEpochs()])
+
+    config = small(tiny, tiny_data, tmp_path / "b", **settings)
+    monkeypatch.setattr("osrm.training.Trainer", interrupted)
+    with pytest.raises(Interrupted):
+        train(config)
+    monkeypatch.undo()
+    directory = run_dir(config, "rte")
+    assert (directory / "args.json").exists() and not (directory / "metrics.json").exists()
+    with pytest.raises(UserError, match=r"lr was 0.01, is 0.02"):
+        train(small(tiny, tiny_data, tmp_path / "b", **settings, lr=2e-2, resume=True))
+    train(small(tiny, tiny_data, tmp_path / "b", **settings, resume=True))
+    whole, again = (read_adapter(run_dir(each, "rte"))[0] for each in (undisturbed, config))
+    for name in whole:
+        assert torch.equal(whole[name].A, again[name].A)
+        assert torch.equal(whole[name].B, again[name].B)
+    log = json.loads((directory / "trainer_state.json").read_text())["log_history"]
+    assert [each["epoch"] for each in log if "eval_loss" in each] == [1, 2, 3, 4]
+
+
+def test_the_task_is_learnt(tiny, tmp_path):
+    """The label of the tiny tasks is whether a word occurs: chance is not enough."""
+    write_data(tmp_path / "data", ["sst2", "rte"], train=600, validation=100)
+    config = small(
+        tiny, tmp_path / "data", tmp_path, tasks=["sst2"], init="analytical", epochs=4, lr=3e-2
+    )
+    train(config)
+    metrics = json.loads((run_dir(config, "sst2") / "metrics.json").read_text())
+    assert metrics["eval_accuracy"] > 0.95
+
+
+@pytest.mark.parametrize("freeze", ["A", "B"])
+def test_freezing_holds_through_a_run(tiny, tiny_data, tmp_path, freeze):
+    config = small(tiny, tiny_data, tmp_path, tasks=["rte"], epochs=1, freeze=freeze)
+    train(config)
+    before, _, _ = read_adapter(run_dir(config, "rte") / "init_model")
+    after, _, _ = read_adapter(run_dir(config, "rte"))
+    for name in after:
+        assert torch.equal(getattr(before[name], freeze), getattr(after[name], freeze))
+
+
+def test_bfloat16_trains_on_the_cpu_too(tiny, tiny_data, tmp_path):
+    config = small(tiny, tiny_data, tmp_path, tasks=["rte"], epochs=1, dtype="bfloat16")
+    train(config)
+    pairs, head, _ = read_adapter(run_dir(config, "rte"))
+    assert all(pair.B.any() and pair.B.dtype == torch.float32 for pair in pairs.values())
+    assert all(tensor.isfinite().all() for tensor in head.values())
