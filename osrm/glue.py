@@ -248,13 +248,13 @@ def _checked(task: GlueTask, dataset: Dataset, where: str) -> Dataset:
         raise UserError(f"{where}: holds no examples")
     dataset = dataset.select_columns([*task.fields, "label"])
     for name in task.fields:
-        for row, text in enumerate(dataset[name]):
+        for row, text in enumerate(dataset[name][:]):
             if not isinstance(text, str) or not text.strip():
                 raise UserError(
                     f"{where}: row {row}, column '{name}': expected text, found {text!r}"
                 )
     try:
-        labels = np.asarray(dataset["label"], dtype=np.float64)
+        labels = np.asarray(dataset["label"][:], dtype=np.float64)
     except (TypeError, ValueError):
         labels = np.array([np.nan])
     if task.labels:
@@ -356,6 +356,5 @@ def fingerprint(dataset: Dataset) -> str:
     """A hash of the content, the same wherever and however the data was stored."""
     digest = hashlib.sha256()
     for name in sorted(dataset.column_names):
-        for value in dataset[name]:
-            digest.update(repr(value).encode() + b"\0")
+        digest.update("\0".join(map(repr, dataset[name][:])).encode())
     return digest.hexdigest()[:16]

@@ -33,7 +33,8 @@ from osrm.glue import TASKS
 
 torch.set_num_threads(1)
 
-WORDS = ["a", "the", "no", "is", "was", "not", "good", "bad", "dog", "cat", "runs", "sleeps", "sees", "film", "very", "old", "new", "man", "woman"]
+TEXT = "a the no is was not good bad dog cat runs sleeps sees film very old new man woman"
+WORDS = TEXT.split()
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 COMMON = {
     "vocab_size": len(WORDS) + len(SPECIAL),

@@ -123,7 +123,7 @@ def test_every_flag_takes_its_values(flag):
         assert default is None or type(found) is type(default)
 
 
-def test_no_config_without_flags_differs_from_its_defaults():
+def test_no_flags_mean_the_defaults():
     assert parse_train() == TrainConfig()
     assert parse(MergeConfig, None, []) == MergeConfig()
 

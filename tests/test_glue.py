@@ -1,0 +1,380 @@
+"""GLUE's scores against scikit-learn and scipy, and its data in and out of every format."""
+
+import csv
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from osrm.backbones import find_backbone, load_tokenizer
+from osrm.errors import UserError
+from osrm.glue import (
+    TASKS,
+    GlueMetric,
+    available_tasks,
+    collator,
+    find_tasks,
+    fingerprint,
+    load_task,
+    split_task,
+    task_metrics,
+    tokenize,
+)
+
+# -- scores ------------------------------------------------------------------------------------
+
+ORACLES = {
+    "accuracy": lambda predicted, true: accuracy_score(true, predicted),
+    "f1": lambda predicted, true: f1_score(true, predicted, zero_division=0.0),
+    "matthews_correlation": lambda predicted, true: matthews_corrcoef(true, predicted),
+    "pearson": lambda predicted, true: pearsonr(predicted, true)[0],
+    "spearmanr": lambda predicted, true: spearmanr(predicted, true)[0],
+}
+RUN_GLUE = {
+    "mrpc": ("accuracy", "f1"),
+    "qnli": ("accuracy",),
+    "qqp": ("accuracy", "f1"),
+    "rte": ("accuracy",),
+    "sst2": ("accuracy",),
+    "mnli": ("accuracy",),
+    "cola": ("matthews_correlation",),
+    "stsb": ("pearson", "spearmanr"),
+}
+"""task -> the names that run_glue.py reports; two of them have their mean as combined_score"""
+IN_THE_TABLES = dict.fromkeys(("mrpc", "qqp", "stsb"), "combined_score") | {
+    "cola": "matthews_correlation"
+}
+SELECTS = {"cola": "matthews_correlation", "stsb": "combined_score"}
+LABELS = {"mnli": 3, "stsb": 1}
+
+
+def random_outputs(task: str, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits that have something to do with the labels, and the labels."""
+    rng = np.random.default_rng(seed)
+    if task == "stsb":
+        labels = rng.integers(0, 26, n) / 5
+        return (labels + rng.normal(0, 2, n))[:, None].astype(np.float32), labels
+    labels = rng.integers(0, LABELS.get(task, 2), n)
+    logits = rng.normal(size=(n, LABELS.get(task, 2)))
+    logits[np.arange(n), labels] += 0.7
+    return logits.astype(np.float32), labels
+
+
+def assert_scores(scores: dict[str, float], task: str, predicted, true) -> None:
+    expected = {name: ORACLES[name](predicted, true) for name in RUN_GLUE[task]}
+    if len(expected) == 2:
+        expected["combined_score"] = sum(expected.values()) / 2
+    assert scores == pytest.approx(expected, abs=1e-6)
+    assert all(type(score) is float for score in scores.values())
+
+
+@pytest.mark.parametrize("seed, n", [(0, 2), (1, 5), (2, 40), (3, 300)])
+@pytest.mark.parametrize("task", TASKS)
+def test_scores_against_sklearn_and_scipy(task, seed, n):
+    logits, labels = random_outputs(task, n, seed)
+    predicted = logits[:, 0] if task == "stsb" else logits.argmax(-1)
+    metric = GlueMetric(task)
+    assert_scores(metric.compute(predictions=predicted, references=labels), task, predicted, labels)
+    assert_scores(task_metrics(TASKS[task], logits, labels), task, predicted, labels)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+@pytest.mark.parametrize("task", TASKS)
+def test_constant_predictions(task, value):
+    """An untrained head answers one label: no correlation, F1 of none, but never NaN."""
+    true = [0, 1, 1, 0, 1] if task != "stsb" else [0.0, 1.2, 3.4, 5.0, 1.2]
+    scores = GlueMetric(task).compute(predictions=[value] * 5, references=true)
+    if task in ("cola", "stsb"):
+        assert set(scores.values()) == {0.0}
+    else:
+        assert_scores(scores, task, [value] * 5, true)
+
+
+def test_constant_truth():
+    with warnings.catch_warnings(action="error") if False else warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert GlueMetric("cola").compute(predictions=[0, 1], references=[1, 1]) == {
+            "matthews_correlation": 0.0
+        }
+        scores = GlueMetric("stsb").compute(predictions=[0, 1], references=[1, 1])
+        assert set(scores.values()) == {0.0}
+        scores = GlueMetric("mrpc").compute(predictions=[0, 0], references=[0, 0])
+        assert scores == {"accuracy": 1.0, "f1": 0.0, "combined_score": 0.5}
+
+
+def test_interface_of_evaluate():
+    """Batches are collected, and what is no label is refused."""
+    metric = GlueMetric("rte")
+    metric.add_batch(predictions=[0, 1], references=[0, 0])
+    metric.add(prediction=1, reference=1)
+    assert metric.compute() == {"accuracy": pytest.approx(2 / 3)}
+    with pytest.raises(ValueError):
+        metric.compute(predictions=["x"], references=[0])
+
+
+def test_rows_of_the_table():
+    assert list(TASKS) == list(RUN_GLUE), "the release's order"
+    for name, row in TASKS.items():
+        assert row.metrics == RUN_GLUE[name]
+        assert row.num_labels == LABELS.get(name, 2)
+        assert row.score == IN_THE_TABLES.get(name, "accuracy")
+        assert row.select == SELECTS.get(name, "accuracy")
+        assert row.select in (*row.metrics, "combined_score")
+    assert TASKS["mnli"].validation_splits == {
+        "": "validation_matched",
+        "_mm": "validation_mismatched",
+    }
+
+
+def test_find_tasks():
+    assert [task.name for task in find_tasks(["rte", "cola", "rte"], "--tasks")] == ["rte", "cola"]
+    with pytest.raises(UserError, match=r"--tasks: unknown task wnli, ax;.*stsb"):
+        find_tasks(["wnli", "rte", "ax"], "--tasks")
+
+
+# -- files -------------------------------------------------------------------------------------
+
+ODD_TEXTS = [
+    "NA",
+    "null",
+    "None",
+    "nan",
+    "true",
+    "1.50",
+    "007",
+    "2020-01-31",
+    'She said "no", twice.',
+    '"',
+    "a, b; c",
+    "one\ttab",
+    "two\nlines",
+    "  spaces around  ",
+    "back\\slash \\n \\t",
+    "naïve café — 日本語 🙂",
+    "it's #1",
+    "-",
+]
+
+
+def write(folder: Path, ending: str, splits: dict[str, pd.DataFrame]) -> None:
+    """The splits of one task in one format."""
+    folder.mkdir(parents=True)
+    if ending == "save_to_disk":
+        DatasetDict({k: Dataset.from_pandas(v) for k, v in splits.items()}).save_to_disk(folder)
+        return
+    for split, frame in splits.items():
+        path = folder / f"{split}.{ending}"
+        if ending == "parquet":
+            frame.to_parquet(path)
+        elif ending == "jsonl":
+            frame.to_json(path, orient="records", lines=True)
+        else:
+            frame.to_csv(path, sep="," if ending == "csv" else "\t", index=False)
+
+
+def odd_frame(task: str) -> pd.DataFrame:
+    """One odd text a row, in every field, and a column that nobody asked for."""
+    n = len(ODD_TEXTS)
+    columns: dict[str, list] = {
+        field: ODD_TEXTS[i:] + ODD_TEXTS[:i] for i, field in enumerate(TASKS[task].fields)
+    }
+    labels = [round(5 * i / (n - 1), 2) for i in range(n)]
+    columns["label"] = labels if task == "stsb" else [i % LABELS.get(task, 2) for i in range(n)]
+    return pd.DataFrame({"idx": range(n), **columns})
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl", "csv", "tsv", "save_to_disk"])
+@pytest.mark.parametrize("task", ["rte", "sst2", "stsb"])
+def test_every_format_gives_the_same_data(tmp_path, task, ending):
+    frame = odd_frame(task)
+    write(tmp_path / task, ending, {"train": frame, "validation": frame[:5]})
+    loaded = load_task(TASKS[task], str(tmp_path))
+    assert list(loaded) == ["train", "validation"]
+    assert [len(split) for split in loaded.values()] == [len(frame), 5]
+    found = loaded["train"]
+    assert found.column_names == [*TASKS[task].fields, "label"]
+    for field in TASKS[task].fields:
+        assert found[field][:] == frame[field].tolist()
+    assert found["label"][:] == pytest.approx(frame["label"].tolist())
+    assert found.features["label"].dtype == ("float32" if task == "stsb" else "int64")
+    # Nor does a fingerprint know where the data came from.
+    plain = Dataset.from_dict({name: found[name][:] for name in found.column_names})
+    assert fingerprint(found) == fingerprint(plain)
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+@pytest.mark.parametrize("texts", [["7", "42", "3.5"], ["NA", "NA", "NA"], ["true"] * 3])
+def test_texts_that_all_look_like_numbers(tmp_path, ending, texts):
+    frame = pd.DataFrame({"sentence": texts, "label": [0, 1, 0]})
+    write(tmp_path / "sst2", ending, {"train": frame, "validation": frame})
+    assert load_task(TASKS["sst2"], str(tmp_path))["train"]["sentence"][:] == texts
+
+
+def test_quoted_as_by_other_programs(tmp_path):
+    """All fields quoted, labels too, and Windows' line ends."""
+    for split in ("train", "validation"):
+        path = tmp_path / "sst2" / f"{split}.csv"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\r\n")
+            writer.writerows([["sentence", "label"], *((text, "1") for text in ODD_TEXTS)])
+    found = load_task(TASKS["sst2"], str(tmp_path))["train"]
+    assert found["sentence"][:] == ODD_TEXTS and set(found["label"]) == {1}
+
+
+@pytest.mark.parametrize("mismatched", [True, False])
+def test_mnli_with_and_without_mismatched(tmp_path, mismatched):
+    frame = odd_frame("mnli")
+    splits = {"train": frame, "validation_matched": frame[:4]}
+    if mismatched:
+        splits["validation_mismatched"] = frame[4:9]
+    write(tmp_path / "mnli", "parquet", splits)
+    loaded = load_task(TASKS["mnli"], str(tmp_path))
+    data = split_task(loaded, seed=0)
+    sizes = {suffix: len(split) for suffix, split in data.validation.items()}
+    assert sizes == ({"": 4, "_mm": 5} if mismatched else {"": 4})
+    assert set(loaded["train"]["label"]) == {0, 1, 2}
+
+
+def test_available_tasks(tmp_path, tiny_data):
+    assert available_tasks(str(tiny_data)) == ["rte", "sst2", "stsb"]
+    assert available_tasks(str(tmp_path)) == []
+    assert available_tasks(None) == available_tasks("mini-glue") == list(TASKS)
+
+
+# -- splits ------------------------------------------------------------------------------------
+
+
+def numbered(n: int = 100, validation: int = 30) -> dict[str, Dataset]:
+    """Every text is its own; labels are sorted, as in a careless file."""
+
+    def split(name: str, count: int) -> Dataset:
+        texts = [f"{name} {i}" for i in range(count)]
+        return Dataset.from_dict(
+            {"sentence": texts, "label": [i * 2 // count for i in range(count)]}
+        )
+
+    return {"train": split("train", n), "validation": split("validation", validation)}
+
+
+def test_held_out_examples_are_no_training_examples():
+    data = split_task(numbered(), seed=1)
+    train, held_out = set(data.train["sentence"]), set(data.selection["sentence"])
+    assert len(train) == 90 and len(held_out) == 10
+    assert not train & held_out
+    assert train | held_out == set(numbered()["train"]["sentence"])
+    assert data.validation[""]["sentence"][:] == numbered()["validation"]["sentence"][:]
+
+
+@pytest.mark.parametrize("max_train", [0, 1, 7, 50, 89, 90, 91, 10**6, -1])
+def test_held_out_examples_depend_on_the_seed_alone(max_train):
+    def held_out(seed: int, max_train: int) -> set[str]:
+        return set(split_task(numbered(), seed, max_train).selection["sentence"])
+
+    assert held_out(1, max_train) == held_out(1, -1)
+    assert held_out(1, max_train) != held_out(2, max_train)
+
+
+@pytest.mark.parametrize("max_train", [7, 50, -1])
+def test_no_smaller_run_trains_on_what_selects_in_a_larger_one(max_train):
+    small, large = (split_task(numbered(), 3, most) for most in (max_train, -1))
+    assert not {*small.train["sentence"]} & {*large.selection["sentence"]}
+    assert {*small.train["sentence"]} <= {*large.train["sentence"]}
+
+
+def test_truncation_shuffles():
+    data = split_task(
+        numbered(), seed=0, max_train=20, max_selection=5, max_validation=12, select_on="held-out"
+    )
+    sizes = (len(data.train), len(data.selection), len(data.validation[""]))
+    assert sizes == (20, 5, 12)
+    assert set(data.train["label"]) == set(data.validation[""]["label"]) == {0, 1}
+    again, other = (split_task(numbered(), seed, 20).train["sentence"][:] for seed in (0, 1))
+    assert data.train["sentence"][:] == again != other
+
+
+def test_selection_on_validation_is_the_release():
+    data = split_task(numbered(), seed=1, max_train=20, select_on="validation")
+    assert len(data.train) == 20 and set(data.train["label"]) == {0, 1}
+    assert data.selection["sentence"][:] == data.validation[""]["sentence"][:]
+    whole = split_task(numbered(), seed=1, select_on="validation")
+    assert len(whole.train) == 100, "nothing is held out"
+
+
+def test_two_examples_can_be_split():
+    data = split_task(numbered(2), seed=0)
+    assert len(data.train) == len(data.selection) == 1
+
+
+# -- tokens ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["roberta", "t5", "llama"])
+def tokenizer(request, tiny):
+    return load_tokenizer(find_backbone(str(tiny[request.param])))
+
+
+def sentences(*texts: str) -> Dataset:
+    return Dataset.from_dict({"sentence": list(texts), "label": [i % 2 for i in range(len(texts))]})
+
+
+def test_truncation_keeps_the_end(tokenizer):
+    data = sentences("cat " * 40 + "film dog", "good film")
+    encoded = tokenize(data, TASKS["sst2"], tokenizer, 12)
+    assert encoded["length"][:] == [len(ids) for ids in encoded["input_ids"]]
+    long, short = (tokenizer.decode(ids, skip_special_tokens=True) for ids in encoded["input_ids"])
+    assert encoded["length"][0] == 12 and long.endswith("cat film dog")
+    assert encoded["length"][1] < 12 and short == "good film", "and nothing is padded"
+    assert encoded["labels"][:] == [0, 1]
+    assert "sentence" not in encoded.column_names
+
+
+def test_both_texts_of_a_pair_are_read(tokenizer):
+    data = Dataset.from_dict({"sentence1": ["good dog"], "sentence2": ["bad cat"], "label": [0]})
+    encoded = tokenize(data, TASKS["rte"], tokenizer, 32)
+    text = tokenizer.decode(encoded["input_ids"][0], skip_special_tokens=True)
+    assert text == "good dog bad cat"
+
+
+@pytest.mark.parametrize("pad_to, width", [(None, "longest"), (20, 20)])
+def test_collator(tokenizer, pad_to, width):
+    data = sentences("a dog", "the very old film sleeps")
+    encoded = tokenize(data, TASKS["sst2"], tokenizer, 32)
+    batch = collator(tokenizer, pad_to)([*encoded])
+    lengths = encoded["length"][:]
+    assert set(batch) >= {"input_ids", "attention_mask", "labels"} and "length" not in batch
+    assert batch["input_ids"].shape == (2, max(lengths) if width == "longest" else width)
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    assert batch["attention_mask"][0, : lengths[0]].all(), "padding is on the right"
+    assert torch.equal(batch["labels"], torch.tensor([0, 1]))
+
+
+# -- fingerprints ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        sentences("a dog", "a cat."),
+        sentences("a dog ", "a cat"),
+        sentences("a dog", "a cat", "a dog"),
+        sentences("a cat", "a dog"),
+        Dataset.from_dict({"sentence": ["a dog", "a cat"], "label": [0, 0]}),
+        Dataset.from_dict({"sentence1": ["a dog", "a cat"], "label": [0, 1]}),
+    ],
+    ids=["character", "space", "row", "order", "label", "column"],
+)
+def test_fingerprint_sees_every_change(changed):
+    assert fingerprint(changed) != fingerprint(sentences("a dog", "a cat"))
+
+
+def test_fingerprint_is_of_the_content():
+    data = sentences("a dog", "a cat")
+    assert fingerprint(data) == fingerprint(data.select_columns(["label", "sentence"]))
+    assert fingerprint(data) == fingerprint(sentences("a cat", "a dog", "a cat").select([1, 2]))
