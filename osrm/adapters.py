@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from osrm.backbones import head_names
-from osrm.errors import UserError
+from osrm.errors import UserError, first_line
 from osrm.task_vectors import LoraPair
 
 logger = logging.getLogger(__name__)
@@ -162,10 +163,15 @@ def _read_config(directory: Path) -> LoraConfig:
     try:
         config = PeftConfig.from_pretrained(str(directory))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a PEFT adapter's configuration ({reason})") from None
+        raise UserError(
+            f"{path}: not a PEFT adapter's configuration ({first_line(error)}); save it again"
+        ) from None
     if not isinstance(config, LoraConfig) or str(config.peft_type) not in ("LORA", "PeftType.LORA"):
         raise UserError(f"{path}: peft_type {config.peft_type}: only LoRA adapters can be merged")
+    alphas = {"lora_alpha": config.lora_alpha, **(config.alpha_pattern or {})}
+    for name, alpha in alphas.items():
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise UserError(f"{path}: {name}: expected a number, found {alpha!r}; mend it")
     extras = [name for name in _OTHER_UPDATES if getattr(config, name, None)]
     if config.bias != "none":
         extras.append(f"bias={config.bias}")

@@ -81,6 +81,8 @@ def read_checkpoint(path: Path, load_base: Callable[[str | None], Any]) -> Check
     for directory in (path, path.parent):
         if not args and (directory / ARGS).exists():
             args = read_json(directory / ARGS, "run directory")
+            if not isinstance(args, dict):
+                raise UserError(f"{directory / ARGS}: expected an object; train it again")
     if (path / CONFIG).exists():
         pairs, head, base = read_adapter(path)
         return Checkpoint(path, dict(pairs), head, base, args)

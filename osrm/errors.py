@@ -14,6 +14,11 @@ class UserError(ValueError):
     """Bad input. The message is one line that names the file, the field and the mend."""
 
 
+def first_line(error: Exception) -> str:
+    """The gist of a library's message, for a UserError's single line."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def run_script(main: Callable[[], None]) -> int:
     """Run `main`, its progress on stderr; bad input is one line there and exit code 2."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

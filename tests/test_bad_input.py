@@ -1,0 +1,704 @@
+"""Bad input is one line that names file, field and mend, and exit code 2, before any long work."""
+
+import json
+import logging
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from osrm.commands.train import train
+from osrm.config import TrainConfig
+from osrm.errors import run_script
+from osrm.runs import run_dir
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+# Commands that still work, write or fail in their own way before they refuse. When one is mended,
+# its test passes, and pytest says so: take it out of this list.
+UNMENDED = {
+    "test_flags_of_train[--rank 33]": "args.json is written first",
+    "test_flags_of_train[--report-to nonsense]": "a ValueError of the Trainer",
+    "test_flags_of_merge[--data-dir nowhere]": "merges first",
+    "test_flags_of_merge[--backbone no/model]": "merges first",
+    "test_hparams_of_merge[{}]": "merges with no method",
+    "test_base_of_another_family": "a ValueError after merging",
+    "test_data_of_the_second_task_is_checked_before_the_first_is_scored": "merges and scores",
+    "test_checkpoint_to_transform[NaN]": "takes features first",
+    "test_checkpoint_to_transform[truncated]": "takes features first",
+    "test_checkpoint_to_transform[shape]": "takes features first",
+    "test_checkpoint_to_transform[no head]": "takes features first",
+    "test_checkpoint_to_transform[module]": "takes features first",
+    "test_checkpoint_to_transform[block]": "takes features first",
+    "test_overwrite_replaces_merges_alone": "replaces whatever is there",
+    "test_output_below_a_file[train_glue.py]": "NotADirectoryError",
+    "test_output_below_a_file[merge.py]": "NotADirectoryError",
+}
+
+
+@pytest.fixture(autouse=True)
+def unmended(request):
+    """Mark the tests of the list above."""
+    reason = UNMENDED.get(request.node.name)
+    if reason:
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+
+
+def snapshot(folder: Path) -> dict[Path, bytes | None]:
+    """All files and directories below, and what is in them."""
+    return {
+        path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))
+    }
+
+
+def no_forward(*_: object) -> None:
+    raise AssertionError("bad input was found only after a model had begun to work")
+
+
+@pytest.fixture
+def refuse(tmp_path, monkeypatch, capfd):
+    """`refuse(script, argv, words)`: run it in `tmp_path`; it must refuse, as the title says."""
+
+    def refuse(script: str, argv: list[str], words: list[str]) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *argv])
+        monkeypatch.setattr(torch.nn.Linear, "forward", no_forward)
+        # As the script itself asks for, but here transformers has been imported long ago.
+        monkeypatch.setattr(transformers.logging.get_logger("transformers"), "level", logging.ERROR)
+        # Progress goes to stderr as it does outside of pytest, which has handlers of its own.
+        monkeypatch.setattr(logging.root, "handlers", [])
+        before = snapshot(tmp_path)
+        capfd.readouterr()
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("default")
+            warnings.simplefilter("ignore", DeprecationWarning)
+            code = run_script(runpy.run_path(str(ROOT / script))["main"])
+        out, err = capfd.readouterr()
+        err = re.sub(r"\rLoading weights: [^\r\n]*", "", err).lstrip()
+        assert code == 2, err
+        assert len(err.splitlines()) == 1, err
+        assert not warned, [str(each.message) for each in warned]
+        assert err.startswith(f"{script}: error: "), err
+        missing = [word for word in words if word not in err]
+        assert not missing, f"{missing} not in: {err}"
+        assert out == "" and "Traceback" not in err
+        assert snapshot(tmp_path) == before, "it wrote something"
+
+    return refuse
+
+
+# -- flags -------------------------------------------------------------------------------------
+
+BAD_FLAGS = {
+    "--tasks rte wnli": ["--tasks", "wnli", "stsb"],
+    "--other-tasks ax": ["--other-tasks", "ax", "stsb"],
+    "--block x": ["--block x", "q, k and v"],
+    "--block qvx": ["--block qvx", "q, k and v"],
+    "--block qqv": ["--block qqv", "each once"],
+    "--freeze AB": ["--freeze AB", "nothing to train", "A, B or N"],
+    "--freeze X": ["--freeze X", "A, B or N"],
+    "--rank 0": ["--rank 0", "at least 1"],
+    "--rank -3": ["--rank -3", "at least 1"],
+    "--alpha 0": ["--alpha 0", "at least 1"],
+    "--rank 33": ["--rank 33", "query", "(32, 32)", "32 at most"],
+    "--rank 33 --init analytical": ["--rank 33", "query", "32 at most"],
+    "--lr 0": ["--lr 0", "above 0"],
+    "--lr nan": ["--lr nan", "finite"],
+    "--lr inf": ["--lr inf", "finite"],
+    "--lr=-1e-4": ["--lr -0.0001", "at least 0"],
+    "--warmup-ratio 1.5": ["--warmup-ratio 1.5", "below 1"],
+    "--weight-decay nan": ["--weight-decay nan", "finite"],
+    "--epochs 0": ["--epochs 0", "at least 1"],
+    "--max-seq-len 0": ["--max-seq-len 0", "at least"],
+    "--per-device-train-bsz 0": ["--per-device-train-bsz 0", "at least 1"],
+    "--grad-accumulate-steps 0": ["--grad-accumlate-steps 0", "at least 1"],
+    "--max-train-samples 0": ["--max-train-samples 0", "at least 1"],
+    "--max-test-samples 0 --max-eval-samples 0": ["--max-test-samples", "--max-eval-samples"],
+    "--seed -1": ["--seed -1", "at least 0"],
+    "--init analytical --tasks rte --other-tasks rte": ["--other-tasks", "other tasks"],
+    "--report-to nonsense": ["--report-to nonsense"],
+    "--data-dir nowhere": ["--data-dir nowhere", "rte"],
+    "--load-model-path x.json": ["--init analytical"],
+    # All at once, from both kinds of checks.
+    "--rank 0 --epochs 0 --lr nan": ["--rank 0", "--epochs 0", "--lr nan"],
+    "--rank 0 --freeze AB --block xyz": ["--rank 0", "--freeze AB", "--block xyz"],
+}
+
+
+@pytest.fixture
+def train_argv(tiny, tiny_data) -> list[str]:
+    """A good command; a flag that is given once more, later, wins."""
+    argv = f"--backbone {tiny['roberta']} --data-dir {tiny_data} --tasks rte sst2 --rank 2"
+    return argv.split()
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_flags_of_train(refuse, train_argv, flags):
+    refuse("train_glue.py", [*train_argv, *flags.split()], BAD_FLAGS[flags])
+
+
+@pytest.mark.parametrize("flags", ["--rank abc", "--init best", "--no-such-flag", "--tasks"])
+@pytest.mark.parametrize("script", ["train_glue.py", "merge.py"])
+def test_flags_that_argparse_refuses(script, flags, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", [script, *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        run_script(runpy.run_path(str(ROOT / script))["main"])
+    assert stop.value.code == 2
+    assert f"{script}: error: " in capfd.readouterr().err
+
+
+def test_a_real_process_says_the_same():
+    result = subprocess.run(
+        [sys.executable, "train_glue.py", "--freeze", "AB"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "train_glue.py: error: --freeze AB: A and B both frozen leave nothing to train;"
+        " expected A, B or N\n"
+    )
+
+
+# -- tables in JSON ----------------------------------------------------------------------------
+
+GOOD = {"--load-epochs": '{"rte": 1, "sst2": 1}', "--load-lrs": '{"rte": 1e-3, "sst2": 1e-3}'}
+BROKEN = [
+    ("{", ["broken JSON", "mend the file"]),
+    ("", ["broken JSON"]),
+    ("\xff\xfe", ["broken JSON"]),
+    ("[5, 5]", ["expected an object"]),
+    ("5", ["expected an object"]),
+]
+BAD_TABLES = [
+    *((flag, *case) for flag in ("--load-epochs", "--load-lrs") for case in BROKEN),
+    ("--load-epochs", '{"rte": 1}', ["lacks the task 'sst2'", "add it"]),
+    ("--load-epochs", "{}", ["'rte'", "'sst2'"]),
+    ("--load-epochs", '{"rte": "5", "sst2": 5}', ["'rte'", "expected int", "'5'"]),
+    ("--load-epochs", '{"rte": 5, "sst2": 2.5}', ["'sst2'", "expected int", "2.5"]),
+    ("--load-epochs", '{"rte": 5, "sst2": true}', ["'sst2'", "expected int", "True"]),
+    ("--load-epochs", '{"rte": 5, "sst2": null}', ["'sst2'", "expected int", "None"]),
+    ("--load-epochs", '{"rte": 0, "sst2": -1}', ["'rte'", "'sst2'", "positive"]),
+    ("--load-lrs", '{"rte": 1e-3}', ["lacks the task 'sst2'", "add it"]),
+    ("--load-lrs", '{"rte": -1e-3, "sst2": 1e-3}', ["'rte'", "positive", "-0.001"]),
+    ("--load-lrs", '{"rte": NaN, "sst2": Infinity}', ["'rte'", "'sst2'", "nan", "inf"]),
+    ("--load-lrs", '{"rte": "4e-4", "sst2": 1e-3}', ["'rte'", "expected float", "'4e-4'"]),
+    ("--load-lrs", '{"rte": false, "sst2": 1e-3}', ["'rte'", "expected float", "False"]),
+]
+
+
+@pytest.mark.parametrize("flag, text, words", BAD_TABLES)
+def test_tables_of_train(refuse, train_argv, tmp_path, flag, text, words):
+    (tmp_path / "table.json").write_text(text, encoding="latin-1")
+    refuse("train_glue.py", [*train_argv, flag, "table.json"], [flag, "table.json", *words])
+
+
+BAD_MODEL_PATHS = [
+    *BROKEN[:3],
+    ("[5, 5]", ["expected an object"]),
+    ('{"rte": "nowhere"}', ["'rte'", "nowhere", "train it first"]),
+    ('{"rte": "nowhere/merged_model"}', ["'rte'", "nowhere/merged_model"]),
+    ('{"rte": "."}', ["'rte'", "holds neither", CONFIG, "model.safetensors"]),
+    ('{"rte": "table.json"}', ["'rte'", "no directory table.json"]),
+    ('{"rte": ""}', ["'rte'", "expected a path"]),
+    ('{"rte": 3}', ["'rte'", "expected str"]),
+]
+
+
+@pytest.mark.parametrize("text, words", BAD_MODEL_PATHS)
+@pytest.mark.parametrize("script", ["train_glue.py", "merge.py"])
+def test_load_model_path(refuse, train_argv, tmp_path, script, text, words):
+    (tmp_path / "table.json").write_text(text, encoding="latin-1")
+    argv = ["--hparams", str(ROOT / "hparams/merge.json")]
+    if script == "train_glue.py":
+        argv = [*train_argv, "--tasks", "rte", "--init", "analytical"]
+    words = ["--load-model-path table.json", *words]
+    refuse(script, [*argv, "--load-model-path", "table.json"], words)
+
+
+def test_load_model_path_lacks_a_task(refuse, train_argv, tmp_path):
+    (tmp_path / "table.json").write_text('{"rte": "somewhere"}')
+    argv = [*train_argv, "--init", "analytical", "--load-model-path", "table.json"]
+    refuse("train_glue.py", argv, ["table.json", "lacks the task 'sst2'"])
+
+
+@pytest.mark.parametrize("flag", ["--load-epochs", "--load-lrs", "--load-model-path"])
+def test_file_that_is_not_there(refuse, train_argv, flag):
+    argv = [*train_argv, "--init", "analytical", flag, "no.json"]
+    refuse("train_glue.py", argv, [f"{flag} no.json", "No such file", "name a JSON file"])
+
+
+# -- data --------------------------------------------------------------------------------------
+
+
+def edit_row(split: str, **values: object):
+    """Put these values into the fourth row of an rte split."""
+
+    def damage(data: Path) -> None:
+        path = data / "rte" / f"{split}.jsonl"
+        lines = path.read_text().splitlines()
+        lines[3] = json.dumps({**json.loads(lines[3]), **values})
+        path.write_text("\n".join(lines))
+
+    return damage
+
+
+def replaced(name: str, content: bytes):
+    """The train split is this file instead."""
+
+    def damage(data: Path) -> None:
+        (data / "rte" / "train.jsonl").unlink()
+        (data / "rte" / name).write_bytes(content)
+
+    return damage
+
+
+def without_column(data: Path) -> None:
+    path = data / "rte" / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(json.dumps({**row, "sentence2": None}) for row in rows))
+    path.write_text(path.read_text().replace('"sentence2"', '"hypothesis"'))
+
+
+def broken_save_to_disk(data: Path) -> None:
+    (data / "rte" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+
+
+ROW = ["rte train", "row 3", "column "]
+BAD_DATA = {
+    "no folder": (lambda data: shutil.rmtree(data / "rte"), ["--data-dir", "'rte'", "add"]),
+    "no train": (
+        lambda data: (data / "rte/train.jsonl").unlink(),
+        ["rte", "no split 'train'", "train.parquet"],
+    ),
+    "no validation": (
+        lambda data: (data / "rte/validation.jsonl").unlink(),
+        ["rte", "no split 'validation'", "validation.parquet"],
+    ),
+    "no column": (without_column, ["rte train", "lacks the column sentence2", "rte has"]),
+    "label 2": (edit_row("train", label=2), [*ROW, "'label'", "found 2", "not_entailment"]),
+    "label -1": (edit_row("validation", label=-1), ["rte validation", "row 3", "found -1"]),
+    "label 0.5": (edit_row("train", label=0.5), [*ROW, "'label'", "found 0.5"]),
+    "label null": (edit_row("train", label=None), [*ROW, "'label'"]),
+    "label text": (edit_row("train", label="entailment"), ["rte", "train", "label", "entailment"]),
+    "empty text": (edit_row("train", sentence2=" "), [*ROW, "'sentence2'", "' '"]),
+    "null text": (edit_row("train", sentence1=None), [*ROW, "'sentence1'", "None"]),
+    "text is a number": (edit_row("train", sentence1=7), ["rte", "train", "sentence1"]),
+    "empty jsonl": (replaced("train.jsonl", b""), ["rte", "train"]),
+    "empty csv": (replaced("train.csv", b""), ["train.csv", "not readable as csv"]),
+    "header alone": (
+        replaced("train.csv", b"sentence1,sentence2,label\n"),
+        ["rte train", "holds no examples"],
+    ),
+    "label text in a csv": (
+        replaced("train.csv", b"sentence1,sentence2,label\na,b,0\nc,d,entailment\n"),
+        ["rte train", "row 1", "'label'", "'entailment'"],
+    ),
+    "broken csv": (
+        replaced("train.csv", b'sentence1,sentence2,label\na,b,1\nc,"d,1\n'),
+        ["train.csv", "not readable as csv"],
+    ),
+    "too many fields in a csv": (
+        replaced("train.csv", b"sentence1,sentence2,label\na,b,1\nc,d,e,1\n"),
+        ["train.csv", "not readable as csv"],
+    ),
+    "a field more in every row": (
+        replaced("train.csv", b"sentence1,sentence2,label\na,b,c,1\nd,e,f,1\n"),
+        ["train.csv", "not readable as csv", "Length of header"],
+    ),
+    "too few fields in a csv": (
+        replaced("train.csv", b"sentence1,sentence2,label\na,b,1\nc,1\n"),
+        ["rte train", "row 1"],
+    ),
+    "not utf-8": (
+        replaced("train.csv", b"sentence1,sentence2,label\n\xff\xfe,b,1\n"),
+        ["train.csv", "not readable as csv"],
+    ),
+    "broken jsonl": (replaced("train.jsonl", b'{"label": 1\n'), ["train.jsonl", "not readable"]),
+    "broken parquet": (
+        replaced("train.parquet", b"PAR1nothing"),
+        ["train.parquet", "not readable"],
+    ),
+    "broken folder": (broken_save_to_disk, ["rte", "save_to_disk", "again"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_data(refuse, train_argv, tiny_data, tmp_path, case):
+    damage, words = BAD_DATA[case]
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    damage(data)
+    refuse("train_glue.py", [*train_argv, "--data-dir", str(data)], words)
+
+
+# -- no hub ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_cached(tmp_path_factory, monkeypatch):
+    """Neither hub nor cache, wherever the tests run."""
+    import datasets
+    import huggingface_hub.constants
+
+    empty = tmp_path_factory.mktemp("hub")
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(empty))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", empty)
+
+
+@pytest.mark.usefixtures("nothing_cached")
+@pytest.mark.parametrize("backbone", ["roberta-large", "llama3-8b", "some/model", "./no/model"])
+def test_no_hub_for_the_model(refuse, tiny_data, backbone):
+    argv = ["--backbone", backbone, "--data-dir", str(tiny_data)]
+    refuse("train_glue.py", argv, ["--backbone", "--backbone minilm"])
+
+
+@pytest.mark.usefixtures("nothing_cached")
+def test_no_hub_for_the_data(refuse, tiny):
+    words = ["nyu-mll/glue", "mrpc", "--data-dir DIR", "--data-dir mini-glue"]
+    refuse("train_glue.py", ["--backbone", str(tiny["roberta"])], words)
+
+
+# -- checkpoints -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tiny_data, tmp_path_factory) -> dict[str, Path]:
+    """{task: run directory} of two quick runs."""
+    config = TrainConfig(
+        backbone=str(tiny["roberta"]),
+        tasks=["rte", "sst2"],
+        data_dir=str(tiny_data),
+        output_dir=str(tmp_path_factory.mktemp("trained")),
+        rank=2,
+        epochs=1,
+    )
+    train(config)
+    return {task: run_dir(config, task) for task in config.tasks}
+
+
+@pytest.fixture
+def runs(trained, tmp_path) -> dict[str, Path]:
+    """Copies of them, to be damaged, and models.json, which names them."""
+    copies = {task: shutil.copytree(path, tmp_path / task) for task, path in trained.items()}
+    (tmp_path / "models.json").write_text(json.dumps({k: str(v) for k, v in copies.items()}))
+    return copies
+
+
+MERGE = ["--load-model-path", "models.json", "--hparams", str(ROOT / "hparams/merge.json")]
+MERGE += ["--output-dir", "out"]
+
+
+def edit_json(name: str, **values: object):
+    def damage(run: Path) -> None:
+        content = json.loads((run / name).read_text())
+        (run / name).write_text(json.dumps({**content, **values}))
+
+    return damage
+
+
+def edit_tensors(change):
+    """`change` a {name: tensor}, in place, of the adapter's weights."""
+
+    def damage(run: Path) -> None:
+        tensors = load_file(run / WEIGHTS)
+        change(tensors)
+        save_file(tensors, run / WEIGHTS)
+
+    return damage
+
+
+def first_key(tensors: dict, part: str) -> str:
+    return next(name for name in sorted(tensors) if part in name)
+
+
+def with_value(value: float, part: str):
+    def change(tensors: dict) -> None:
+        tensors[first_key(tensors, part)].view(-1)[0] = value
+
+    return edit_tensors(change)
+
+
+@edit_tensors
+def without_head(tensors: dict) -> None:
+    for name in [name for name in tensors if "classifier" in name]:
+        del tensors[name]
+
+
+@edit_tensors
+def without_a_module(tensors: dict) -> None:
+    for name in [name for name in tensors if "layer.0" in name and "query" in name]:
+        del tensors[name]
+
+
+@edit_tensors
+def without_one_B(tensors: dict) -> None:
+    del tensors[first_key(tensors, "lora_B")]
+
+
+@edit_tensors
+def wider_output(tensors: dict) -> None:
+    name = first_key(tensors, "lora_B")
+    tensors[name] = torch.ones(40, tensors[name].shape[1])
+
+
+@edit_tensors
+def rank_of_A_alone(tensors: dict) -> None:
+    name = first_key(tensors, "lora_A")
+    tensors[name] = torch.ones(5, tensors[name].shape[1])
+
+
+def truncated(name: str):
+    def damage(run: Path) -> None:
+        content = (run / name).read_bytes()
+        (run / name).write_bytes(content[: len(content) // 2])
+
+    return damage
+
+
+BAD_CHECKPOINTS = {
+    "other base": (
+        edit_json("args.json", body_fingerprint="0123456789abcdef"),
+        ["'rte'", "'sst2'", "different base models", "one base"],
+    ),
+    "other modules": (
+        without_a_module,
+        ["'rte'", "'sst2'", "different modules", "layer.0", "query"],
+    ),
+    "other shapes": (wider_output, ["layer.0", "(32, 32)", "(40, 32)", "'rte'", "'sst2'"]),
+    "B is missing": (without_one_B, [f"sst2/{WEIGHTS}", "lora_A and lora_B", "layer.0"]),
+    "factors do not fit": (rank_of_A_alone, [f"sst2/{WEIGHTS}", "do not multiply", "(5, 32)"]),
+    "NaN in A": (with_value(float("nan"), "lora_A"), [WEIGHTS, "lora_A", "NaN", "train it again"]),
+    "infinity in B": (with_value(float("inf"), "lora_B"), [WEIGHTS, "lora_B", "infinity"]),
+    "NaN in the head": (with_value(float("nan"), "classifier"), [WEIGHTS, "classifier", "NaN"]),
+    "truncated weights": (truncated(WEIGHTS), [f"sst2/{WEIGHTS}", "not readable", "again"]),
+    "no weights": (lambda run: (run / WEIGHTS).unlink(), [f"sst2/{WEIGHTS}", "not readable"]),
+    "no config": (lambda run: (run / CONFIG).unlink(), ["models.json", "'sst2'", CONFIG]),
+    "truncated config": (truncated(CONFIG), [f"sst2/{CONFIG}", "not a PEFT adapter's"]),
+    "config is a list": (lambda run: (run / CONFIG).write_text("[]"), [f"sst2/{CONFIG}", "PEFT"]),
+    "alpha is text": (edit_json(CONFIG, lora_alpha="16"), [f"sst2/{CONFIG}", "lora_alpha", "'16'"]),
+    "alpha is null": (edit_json(CONFIG, lora_alpha=None), [f"sst2/{CONFIG}", "lora_alpha"]),
+    "DoRA": (edit_json(CONFIG, use_dora=True), [f"sst2/{CONFIG}", "use_dora", "plain LoRA"]),
+    "trained biases": (edit_json(CONFIG, bias="all"), [f"sst2/{CONFIG}", "bias=all", "plain LoRA"]),
+    "PiSSA": (
+        edit_json(CONFIG, init_lora_weights="pissa_niter_4"),
+        [f"sst2/{CONFIG}", "pissa", "base weights"],
+    ),
+    "not LoRA": (
+        lambda run: (run / CONFIG).write_text('{"peft_type": "IA3", "task_type": "SEQ_CLS"}'),
+        [f"sst2/{CONFIG}", "LoRA"],
+    ),
+    "no head": (without_head, ["sst2", "no trained head", "modules_to_save", "--no-eval"]),
+    "truncated args": (truncated("args.json"), ["sst2/args.json", "broken JSON"]),
+    "args is a list": (lambda run: (run / "args.json").write_text("[]"), ["sst2/args.json"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHECKPOINTS)
+def test_checkpoint(refuse, runs, case):
+    damage, words = BAD_CHECKPOINTS[case]
+    damage(runs["sst2"])
+    refuse("merge.py", MERGE, words)
+
+
+BAD_MERGE_FLAGS = {
+    "--methods ties best": ["--methods", "'best'", "average"],
+    "--scale nan": ["scale", "nan", "finite"],
+    "--density 0": ["density", "0.0", "(0, 1]"],
+    "--density 1.5": ["density", "1.5", "(0, 1]"],
+    "--density nan --scale inf": ["density", "scale"],
+    "--max-test-samples 0": ["--max-test-samples 0"],
+    "--per-device-eval-bsz 0": ["--per-device-eval-bsz 0"],
+    "--hparams no.json": ["--hparams no.json", "No such file"],
+    "--data-dir nowhere": ["--data-dir nowhere", "rte"],
+    "--backbone no/model": ["--backbone", "no/model", "minilm"],
+}
+
+
+@pytest.mark.parametrize("flags", BAD_MERGE_FLAGS)
+def test_flags_of_merge(refuse, runs, flags):
+    refuse("merge.py", [*MERGE, *flags.split()], BAD_MERGE_FLAGS[flags])
+
+
+BAD_HPARAMS = {
+    "{": ["broken JSON"],
+    "[]": ["{method: {knob: value}}"],
+    "{}": ["method"],
+    '{"ties": 0.2}': ["{method: {knob: value}}"],
+    '{"tiess": {}}': ["'tiess'", "ties"],
+    '{"ties": {"densty": 0.2}}': ["'ties'", "'densty'", "density"],
+    '{"ties": {"density": "0.2"}}': ["'ties'", "density", "'0.2'"],
+    '{"ties": {"density": true}}': ["'ties'", "density", "True"],
+    '{"ties": {"density": 0}, "best": {}}': ["'ties'", "density", "'best'"],
+    '{"task_arithmetic": {"scale": NaN}}': ["'task_arithmetic'", "scale", "nan"],
+    '{"average": {"scale": 1.0}}': ["'average'", "'scale'"],
+}
+
+
+@pytest.mark.parametrize("text", BAD_HPARAMS)
+def test_hparams_of_merge(refuse, runs, tmp_path, text):
+    (tmp_path / "merge.json").write_text(text)
+    refuse(
+        "merge.py",
+        [*MERGE, "--hparams", "merge.json"],
+        ["--hparams merge.json", *BAD_HPARAMS[text]],
+    )
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "/abs", "", ".hidden", "a b"])
+def test_task_names_do_not_become_paths(refuse, runs, tmp_path, name):
+    (tmp_path / "models.json").write_text(json.dumps({name: str(runs["rte"])}))
+    refuse("merge.py", [*MERGE, "--no-eval"], ["models.json", repr(name), "letters"])
+
+
+def test_foreign_tasks_cannot_be_evaluated(refuse, runs, tmp_path):
+    (tmp_path / "models.json").write_text(json.dumps({"boolq": str(runs["rte"])}))
+    refuse("merge.py", MERGE, ["models.json", "boolq", "mnli"])
+
+
+def test_head_of_another_task(refuse, runs, tmp_path):
+    (tmp_path / "models.json").write_text(json.dumps({"stsb": str(runs["rte"])}))
+    refuse("merge.py", MERGE, ["rte", "2 outputs", "stsb needs 1"])
+
+
+def test_base_of_another_family(refuse, runs, tiny):
+    argv = [*MERGE, "--backbone", str(tiny["distilbert"])]
+    refuse("merge.py", argv, ["--backbone", "rte", "query"])
+
+
+def test_data_of_the_second_task_is_checked_before_the_first_is_scored(
+    refuse, runs, tiny_data, tmp_path
+):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    (data / "sst2" / "validation.jsonl").unlink()
+    refuse("merge.py", [*MERGE, "--data-dir", str(data)], ["sst2", "no split 'validation'"])
+
+
+@pytest.mark.parametrize(
+    "damage, flags, words",
+    [
+        (with_value(float("nan"), "lora_A"), "", ["sst2", WEIGHTS, "NaN"]),
+        (truncated(WEIGHTS), "", ["sst2", WEIGHTS, "not readable"]),
+        (wider_output, "", ["sst2", "layer.0", "(40, 32)"]),
+        (without_head, "", ["sst2", "head"]),
+        (without_a_module, "", ["sst2", "--block", "layer.0"]),
+        (lambda run: None, "--block q", ["--block", "value"]),
+    ],
+    ids=["NaN", "truncated", "shape", "no head", "module", "block"],
+)
+def test_checkpoint_to_transform(refuse, runs, train_argv, damage, flags, words):
+    """The second task's checkpoint is looked at before the first one's features are taken."""
+    damage(runs["sst2"])
+    argv = [*train_argv, "--init", "analytical", "--load-model-path", "models.json"]
+    refuse("train_glue.py", [*argv, *flags.split()], words)
+
+
+# -- what is there already ---------------------------------------------------------------------
+
+
+def test_existing_run(refuse, trained, train_argv, tmp_path):
+    shutil.copytree(trained["sst2"].parent.parent, tmp_path / "old")
+    words = ["old/rte", "exists already", "--resume", "--output-dir"]
+    refuse("train_glue.py", [*train_argv, "--output-dir", "old"], words)
+
+
+def test_existing_merge(refuse, runs, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("")
+    refuse("merge.py", MERGE, ["--output-dir out", "exists", "--overwrite"])
+
+
+def test_overwrite_replaces_merges_alone(refuse, runs, tmp_path):
+    """`--output-dir ~ --overwrite` must not empty the home directory."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("")
+    refuse("merge.py", [*MERGE, "--overwrite", "--no-eval"], ["--output-dir out"])
+
+
+@pytest.mark.parametrize("script", ["train_glue.py", "merge.py"])
+def test_output_below_a_file(refuse, runs, train_argv, tmp_path, script):
+    (tmp_path / "file").write_text("")
+    argv = train_argv if script == "train_glue.py" else [*MERGE, "--no-eval"]
+    refuse(script, [*argv, "--output-dir", "file/out"], ["--output-dir file/out"])
+
+
+def test_resumed_with_other_settings(refuse, trained, train_argv, tmp_path):
+    shutil.copytree(trained["sst2"].parent.parent, tmp_path / "old")
+    for path in (tmp_path / "old").glob("sst2/*/metrics.json"):
+        path.unlink()
+    argv = [*train_argv, "--output-dir", "old", "--resume", "--epochs", "3", "--tasks", "sst2"]
+    refuse("train_glue.py", argv, ["args.json", "epochs was 1, is 3"])
+
+
+# -- dense checkpoints -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dense(tiny, tmp_path):
+    """`dense(edit)`: a dense checkpoint whose tensors were edited; models.json names it."""
+
+    def save(edit) -> Path:
+        folder = tmp_path / "dense"
+        model = AutoModelForSequenceClassification.from_pretrained(tiny["roberta"], num_labels=2)
+        edit(model.state_dict())
+        model.save_pretrained(folder)
+        (tmp_path / "models.json").write_text(json.dumps({"rte": str(folder)}))
+        return folder
+
+    return save
+
+
+QUERY = "roberta.encoder.layer.1.attention.self.query.weight"
+NORM = "roberta.encoder.layer.0.output.LayerNorm.weight"
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        (NORM, 2.0, ["dense", "LayerNorm", "no linear layer's weight"]),
+        (QUERY.replace("weight", "bias"), 2.0, ["dense", "query.bias", "no linear layer's weight"]),
+        (QUERY, float("nan"), ["dense", QUERY, "NaN"]),
+    ],
+)
+def test_dense_checkpoint(refuse, dense, tiny, name, value, words):
+    dense(lambda tensors: tensors[name].fill_(value))
+    refuse("merge.py", [*MERGE, "--backbone", str(tiny["roberta"])], words)
+
+
+def test_dense_checkpoint_that_nothing_names_the_base_of(refuse, dense):
+    dense(lambda tensors: tensors[QUERY].add_(1))
+    refuse("merge.py", MERGE, ["models.json", "args.json", "--backbone"])
+
+
+def test_dense_checkpoint_of_another_backbone(refuse, dense, tiny):
+    dense(lambda tensors: tensors[QUERY].add_(1))
+    argv = [*MERGE, "--backbone", str(tiny["mpnet"])]
+    refuse("merge.py", argv, ["dense", "lacks", "another backbone"])
+
+
+def test_truncated_dense_checkpoint(refuse, dense, tiny):
+    truncated("model.safetensors")(dense(lambda tensors: tensors[QUERY].add_(1)))
+    argv = [*MERGE, "--backbone", str(tiny["roberta"])]
+    refuse("merge.py", argv, ["dense/model.safetensors", "not readable"])
+
+
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {"x": 1}}'])
+def test_index_of_shards(refuse, dense, tiny, index):
+    folder = dense(lambda tensors: tensors[QUERY].add_(1))
+    (folder / "model.safetensors.index.json").write_text(index)
+    argv = [*MERGE, "--backbone", str(tiny["roberta"])]
+    refuse("merge.py", argv, ["model.safetensors.index.json", "weight_map"])

@@ -1,0 +1,74 @@
+"""The real embedded model on the real embedded text, through the scripts as a user runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TASKS = ["mrpc", "sst2"]
+
+
+def script(*arguments: str | Path, fails: bool = False) -> str:
+    """Run a script from the root of the project; its standard output, or what it complains of."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return done.stderr if fails else done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Two tasks trained from OSRM's start for forty steps."""
+    out = tmp_path_factory.mktemp("real")
+    arguments = ["--backbone", "minilm", "--tasks", *TASKS, "--init", "analytical"]
+    arguments += ["--other-tasks", "mrpc", "sst2", "cola", "--max-seq-len", "64"]
+    arguments += ["--epochs", "2", "--lr", "3e-3", "--per-device-train-bsz", "32"]
+    arguments += ["--max-train-samples", "640", "--max-eval-samples", "100"]
+    arguments += ["--max-test-samples", "200", "--output-dir", str(out)]
+    script("train_glue.py", *arguments)
+    script("train_glue.py", *arguments, "--resume")  # finished: nothing is done again
+    assert "--resume" in script("train_glue.py", *arguments, fails=True)
+    return out
+
+
+def test_train_merge_and_load(trained, tmp_path):
+    name = "minilm-r8-a16-analytical-fixN-qv-wd0.0-seq64-100"
+    metrics = {
+        task: json.loads((trained / task / name / "metrics.json").read_text()) for task in TASKS
+    }
+    # Guessing scores .53 and .50, with a standard error of .035.
+    assert metrics["mrpc"]["eval_accuracy"] > 0.65
+    assert metrics["sst2"]["eval_accuracy"] > 0.62
+
+    paths = trained / f"load_model_path-{name}.json"
+    out = tmp_path / "merged"
+    table = script("merge.py", "--load-model-path", paths, "--output-dir", out)
+    assert "| analytical | individual" in table and "emr" in table
+    rows = {row["name"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
+    assert rows["individual"]["normalised_average"] == pytest.approx(1)
+    assert rows["individual"]["average"] > rows["pre-trained"]["average"] + 0.05
+    assert rows["emr"]["average"] > rows["pre-trained"]["average"]
+
+    import torch
+
+    from osrm import load_merged
+    from osrm.backbones import find_backbone, load_tokenizer
+
+    model = load_merged(out / "emr", "mrpc")
+    tokenizer = load_tokenizer(find_backbone("minilm"))
+    pairs = [
+        ("A man plays a guitar.", "A man is playing the guitar."),
+        ("A dog runs.", "It rains."),
+    ]
+    batch = tokenizer(*zip(*pairs), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        equivalent = model(**batch).logits.softmax(-1)[:, 1]
+    assert equivalent[0] > equivalent[1] + 0.1

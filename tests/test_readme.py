@@ -1,0 +1,115 @@
+"""The README tells the truth: its commands parse, its tables are the code's, its files exist."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from osrm import embedded
+from osrm.config import MergeConfig, TrainConfig, parse
+from osrm.glue import TASKS
+from osrm.merging import METHODS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+
+
+def check(command: str, monkeypatch) -> None:
+    """Parse one command without running it."""
+    program, *words = shlex.split(command)
+    if program == "make":
+        subprocess.run(["make", "--dry-run", *words], cwd=ROOT, check=True, capture_output=True)
+        return
+    assert program in ("python", "python3")
+    script, *arguments = words
+    if script == "train_glue.py":
+        parse(TrainConfig, None, arguments)
+    elif script == "merge.py":
+        parse(MergeConfig, None, arguments)
+    else:
+        assert words[:2] == ["-m", "osrm.report"]
+        from osrm import report
+
+        monkeypatch.setattr("sys.argv", ["report", *words[2:]])
+        report.read_arguments()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_parses(command, monkeypatch):
+    check(command, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python train_glue.py --no-such-flag",
+        "python merge.py --methods",
+        "python -m osrm.report x.json",
+        "python train_glue.py --init sideways",
+    ],
+)
+def test_a_command_that_is_wrong_would_be_noticed(command, monkeypatch):
+    with pytest.raises(SystemExit):
+        check(command, monkeypatch)
+
+
+def test_the_commands_of_the_release_and_of_the_makefile_are_there():
+    assert {"make demo", "make test"} <= {*COMMANDS}
+    assert sum("python3 train_glue.py" in command for command in COMMANDS) == 8
+    recipe = subprocess.run(
+        ["make", "--dry-run", "demo"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    lines = [
+        line
+        for line in recipe.replace("\\\n", " ").splitlines()
+        if line.startswith((".venv/bin/python train_glue.py", ".venv/bin/python merge.py"))
+    ]
+    assert len(lines) == 4  # two starts, trained and merged
+    for line in lines:
+        _, script, *arguments = shlex.split(line)
+        parse(TrainConfig if script == "train_glue.py" else MergeConfig, None, arguments)
+
+
+def test_the_corpora_are_those_of_the_code():
+    for task, source in embedded.SOURCES.items():
+        assert f"| {task} | {source.origin} | {source.licence} |" in README
+
+
+def test_the_tree_is_the_tree():
+    block = re.search(r"## The tree\n\n```\n(.*?)```", README, re.DOTALL)[1]
+    folder = ROOT
+    for line in block.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = ROOT
+        path = folder / name
+        assert path.exists(), name
+        if name == "osrm/":
+            folder = path
+    shown = {line.split()[0].strip("/") for line in block.splitlines() if line.startswith(" ")}
+    there = {path.name for path in (ROOT / "osrm").iterdir() if not path.name.startswith("_")}
+    assert there - {"errors.py"} == shown
+
+
+def test_methods_and_tasks_are_named():
+    assert all(name.replace("_", " ") in README.lower() for name in (*METHODS, *TASKS))
+
+
+def test_environment_yml_is_in_step_with_pyproject():
+    text = (ROOT / "pyproject.toml").read_text()
+    required = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)[1]
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["name"] == "trft"
+    conda, (pip,) = environment["dependencies"][:-1], environment["dependencies"][-1].values()
+    assert pip == re.findall(r'"(.*?)"', required)
+    python = re.search(r'requires-python = "(.*?)"', text)[1]
+    assert conda == [f"python{python}", "pip"]
