@@ -74,6 +74,7 @@ def assert_scores(scores: dict[str, float], task: str, predicted, true) -> None:
     assert all(type(score) is float for score in scores.values())
 
 
+@pytest.mark.filterwarnings("ignore:A single label was found")
 @pytest.mark.parametrize("seed, n", [(0, 2), (1, 5), (2, 40), (3, 300)])
 @pytest.mark.parametrize("task", TASKS)
 def test_scores_against_sklearn_and_scipy(task, seed, n):
