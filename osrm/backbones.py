@@ -54,7 +54,7 @@ PROJECTIONS = (
 
 def find_backbone(name: str) -> Backbone:
     """The row of that name; any other name is a local path or a hub id."""
-    return BACKBONES.get(name) or Backbone(Path(name).name, name)
+    return BACKBONES.get(name) or Backbone(name, name)
 
 
 def load_tokenizer(backbone: Backbone) -> Any:

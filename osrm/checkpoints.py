@@ -12,12 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from osrm.adapters import CONFIG, linear_weight, read_adapter
+from osrm.adapters import CONFIG, linear_weight, load_head, read_adapter
 from osrm.backbones import head_names
 from osrm.config import per_task, read_json
 from osrm.errors import UserError
 from osrm.runs import ARGS
-from osrm.task_vectors import Update
+from osrm.task_vectors import LoraPair, Update
 
 DENSE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -88,6 +88,43 @@ def read_checkpoint(path: Path, load_base: Callable[[str | None], Any]) -> Check
         return Checkpoint(path, dict(pairs), head, base, args)
     updates, head = _read_dense(path, load_base(args.get("backbone")))
     return Checkpoint(path, updates, head, args.get("base_model"), args)
+
+
+def check_task(checkpoint: Checkpoint, task: str) -> None:
+    """Refuse a run of one task that is listed under the name of another.
+
+    Raises:
+        UserError: see above; a checkpoint that does not say its task is believed.
+    """
+    own = checkpoint.args.get("task", task)
+    if own != task:
+        raise UserError(f"{checkpoint.path}: listed as '{task}', but a run of '{own}'")
+
+
+def check_fits(checkpoint: Checkpoint, model: Any) -> None:
+    """Refuse an update or head that does not fit `model`, which has the head of the task.
+
+    Raises:
+        UserError: a layer that the model lacks, other shapes, another head.
+    """
+    for name, update in checkpoint.updates.items():
+        try:
+            wanted = tuple(linear_weight(model, name).shape)
+        except ValueError as error:
+            raise UserError(
+                f"{checkpoint.path}: {error}; name its base model with --backbone"
+            ) from None
+        # A dense difference was compared with the base when it was read.
+        shape = (len(update.B), update.A.shape[1]) if isinstance(update, LoraPair) else wanted
+        if shape != wanted:
+            raise UserError(
+                f"{checkpoint.path}: the update of {name} is {shape}, the layer of"
+                f" {model.name_or_path} {wanted}; name its base model with --backbone"
+            )
+    try:
+        load_head(model, checkpoint.head)
+    except ValueError as error:
+        raise UserError(f"{checkpoint.path}: {error}; train the head with the adapter") from None
 
 
 def checksum(path: Path) -> str:

@@ -180,18 +180,21 @@ def available_tasks(data_dir: str | None) -> list[str]:
     return [name for name in TASKS if (Path(data_dir) / name).is_dir()]
 
 
-def load_task(task: GlueTask, data_dir: str | None) -> dict[str, Dataset]:
+def load_task(
+    task: GlueTask, data_dir: str | None, validation_only: bool = False
+) -> dict[str, Dataset]:
     """{"train", "validation"[, "validation_mm"]} of a task, checked.
 
     Args:
         data_dir: a folder (see --data-dir), "mini-glue" for the embedded data, None for the hub.
+        validation_only: leave "train" out; it need not be there.
 
     Raises:
-        UserError: no such data, a missing column, labels out of range, empty texts.
+        UserError: no such data, a missing column, labels out of range, what should be text is not.
     """
     if data_dir == MINI_GLUE:
         data_dir = str(embedded.mini_glue())
-    splits = {"train": "train"}
+    splits = {} if validation_only else {"train": "train"}
     splits |= {f"validation{end}": split for end, split in task.validation_splits.items()}
     loaded = {}
     source: str | Path
@@ -263,7 +266,7 @@ def _checked(task: GlueTask, dataset: Dataset, where: str) -> Dataset:
     dataset = dataset.select_columns([*task.fields, "label"])
     for name in task.fields:
         for row, text in enumerate(dataset[name][:]):
-            if not isinstance(text, str) or not text.strip():
+            if not isinstance(text, str):
                 raise UserError(
                     f"{where}: row {row}, column '{name}': expected text, found {text!r}"
                 )
@@ -310,11 +313,7 @@ def split_task(
     The held-out examples depend on the seed alone, never on `max_train`: no run with that seed
     trains on them.
     """
-    validation = {
-        name.removeprefix("validation"): _first(split, max_validation, seed)
-        for name, split in loaded.items()
-        if name != "train"
-    }
+    validation = validation_splits(loaded, max_validation, seed)
     train = loaded["train"].shuffle(seed=seed)
     if select_on == "validation":
         return TaskData(_first(train, max_train), validation[""], validation)
@@ -322,6 +321,15 @@ def split_task(
     selection = train.select(range(held_out))
     rest = train.select(range(held_out, len(train)))
     return TaskData(_first(rest, max_train), _first(selection, max_selection), validation)
+
+
+def validation_splits(loaded: Mapping[str, Dataset], most: int, seed: int) -> dict[str, Dataset]:
+    """{suffix: examples} of what is reported: all of them, or `most` drawn with the seed."""
+    return {
+        name.removeprefix("validation"): _first(split, most, seed)
+        for name, split in loaded.items()
+        if name != "train"
+    }
 
 
 def _first(dataset: Dataset, most: int, seed: int | None = None) -> Dataset:

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from osrm.config import read_json
 from osrm.errors import UserError, run_script
 from osrm.glue import TASKS
-from osrm.runs import staged, write_text
+from osrm.runs import write_text
 
 Results = Mapping[str, Any]
 """The content of a results.json: {"init", "rows": [{"name", "scores", "average", ...}], ...}"""
@@ -105,7 +105,9 @@ def plot(results: Sequence[Results], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(title="start of A", frameon=False, ncols=len(results), loc="upper right")
     axes.margins(y=0.15)
-    figure.savefig(path, dpi=150, format="png")
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=150, format="png")
+    temporary.replace(path)
     plt.close(figure)
 
 
@@ -127,9 +129,8 @@ def main() -> None:
         if list(each["tasks"]) != list(results[0]["tasks"]):
             raise UserError(f"{path}: other tasks than {arguments.results[0]}; merge them alike")
     text = table(results)
-    with staged(arguments.output_dir) as staging:
-        write_text(staging / "table.md", text)
-        plot(results, staging / "plot.png")
+    write_text(arguments.output_dir / "table.md", text)
+    plot(results, arguments.output_dir / "plot.png")
     print(text)
 
 

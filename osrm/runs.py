@@ -62,6 +62,19 @@ def args_record(config: TrainConfig, task: str, **more: Any) -> dict[str, Any]:
     return {"task": task, **asdict(config), **more, "environment": environment()}
 
 
+def check_output(directory: Path) -> None:
+    """Refuse an --output-dir that could not be written to, before any work.
+
+    Raises:
+        UserError: it is no directory, or lies below something that is none, or is read-only.
+    """
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--output-dir {directory}: {there} is no directory; choose another")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--output-dir {directory}: {there} is read-only; choose another")
+
+
 def check_unfinished(directory: Path, resume: bool) -> bool:
     """Whether this run is still to be done.
 

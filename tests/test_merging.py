@@ -10,13 +10,13 @@ from itertools import pairwise, permutations
 from pathlib import Path
 
 import numpy as np
-import oracles
 import pytest
 import torch
 
 from osrm.errors import UserError
 from osrm.merging import METHODS, LazyUpdates, Method, check_knobs, merge
 from osrm.merging.ties import trim_threshold
+from tests import oracles
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,19 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from osrm import report
 from osrm.adapters import applied, load_head
-from osrm.backbones import find_backbone, load_model, load_tokenizer
-from osrm.checkpoints import Checkpoint, checksum, named_directories, read_checkpoint
+from osrm.backbones import Backbone, find_backbone, load_model, load_tokenizer
+from osrm.checkpoints import (
+    Checkpoint,
+    check_fits,
+    check_task,
+    checksum,
+    named_directories,
+    read_checkpoint,
+)
 from osrm.config import MergeConfig, TrainConfig, read_json
 from osrm.errors import UserError
 from osrm.evaluation import evaluate
-from osrm.glue import TASKS, find_tasks, load_task, split_task, tokenize
-from osrm.merged import MergedUpdate, save_merged
+from osrm.glue import TASKS, find_tasks, load_task, tokenize, validation_splits
+from osrm.merged import RECIPE, MergedUpdate, save_merged
 from osrm.merging import METHODS, check_knobs, merge
-from osrm.runs import environment, staged, write_json, write_text
+from osrm.runs import check_output, environment, staged, write_json, write_text
 from osrm.task_vectors import TaskVectors, dense
 
 logger = logging.getLogger(__name__)
@@ -47,11 +55,10 @@ def run(config: MergeConfig) -> None:
     """Run merge.py: read, stack, merge and save with each method, evaluate, print."""
     methods = choose_methods(config)
     directory = Path(config.output_dir)
-    if directory.exists() and not config.overwrite:
-        raise UserError(f"--output-dir {directory} exists; choose another, or add --overwrite")
+    check_replaceable(directory, config.overwrite)
     inputs = read_inputs(config)
-    settings = {} if config.no_eval else evaluation_settings(config, inputs)
     vectors = TaskVectors.stack({task: each.updates for task, each in inputs.checkpoints.items()})
+    evaluation = None if config.no_eval else prepare(config, inputs)
     heads = {task: each.head for task, each in inputs.checkpoints.items()}
     recipe = base_recipe(inputs)
     with staged(directory) as staging:
@@ -62,21 +69,41 @@ def run(config: MergeConfig) -> None:
             save_merged(staging / name, merge(name, vectors, **knobs), heads, whole)
             seconds[name] = time.perf_counter() - begin
             logger.info("%s: %d tasks merged in %.1f s", name, len(heads), seconds[name])
-        if not config.no_eval:
-            scores = evaluate_all(inputs, staging, settings, [*methods])
+        if evaluation:
+            scores = evaluate_all(evaluation, inputs, staging, [*methods])
             results = {
                 "init": common_init(inputs),
                 "backbone": inputs.backbone,
                 "rows": report.rows(scores, methods, seconds),
-                "evaluation": settings,
+                "evaluation": evaluation.settings,
                 **recipe,
             }
             write_json(staging / "results.json", results)
             write_text(staging / "results.md", report.table([results]))
             report.plot([results], staging / "results.png")
-    if not config.no_eval:
+    if evaluation:
         print((directory / "results.md").read_text(encoding="utf-8"))
-    logger.info("The merged models%s are in %s", "" if config.no_eval else " and scores", directory)
+    logger.info("The merged models%s are in %s", " and scores" if evaluation else "", directory)
+
+
+def check_replaceable(directory: Path, overwrite: bool) -> None:
+    """Refuse an output directory that is in the way; only an earlier merge is ever replaced."""
+    check_output(directory)
+    if not directory.exists():
+        return
+    if not overwrite:
+        raise UserError(f"--output-dir {directory} exists; choose another, or add --overwrite")
+    ours = {"results.json", "results.md", "results.png"}
+    foreign = [
+        path.name
+        for path in directory.iterdir()
+        if path.name not in ours and not (path / RECIPE).exists()
+    ]
+    if foreign:
+        raise UserError(
+            f"--output-dir {directory}: --overwrite replaces earlier merges alone, and"
+            f" '{foreign[0]}' in it is none; choose another directory"
+        )
 
 
 def choose_methods(config: MergeConfig) -> dict[str, dict[str, Any]]:
@@ -87,6 +114,8 @@ def choose_methods(config: MergeConfig) -> dict[str, dict[str, Any]]:
     flags = {"scale": config.scale, "density": config.density}
     methods = {}
     problems = []
+    if not (config.methods or table):
+        problems.append("no method; name one")
     for name in config.methods or table:
         takes = METHODS[name].knobs if name in METHODS else ()
         given = {knob: flags[knob] for knob in takes if flags.get(knob) is not None}
@@ -95,6 +124,9 @@ def choose_methods(config: MergeConfig) -> dict[str, dict[str, Any]]:
             check_knobs(name, methods[name])
         except UserError as error:
             problems.append(str(error))
+    for knob, value in flags.items():
+        if value is not None and methods and not any(knob in each for each in methods.values()):
+            problems.append(f"--{knob} {value:g}: none of {', '.join(methods)} has it")
     if problems:
         raise UserError(f"--methods, --hparams {config.hparams}: {'; '.join(problems)}")
     return methods
@@ -127,6 +159,9 @@ def read_inputs(config: MergeConfig) -> Inputs:
         return load_base(name)
 
     checkpoints = {task: read_checkpoint(path, base_of) for task, path in directories.items()}
+    if not config.no_eval:
+        for task, checkpoint in checkpoints.items():
+            check_task(checkpoint, task)
     check_bases(checkpoints)
     labels = {task: head_labels(task, each, config) for task, each in checkpoints.items()}
     named = (each.args.get("backbone") or each.base for each in checkpoints.values())
@@ -191,44 +226,65 @@ def common_init(inputs: Inputs) -> str:
     return inits.pop() if len(inits) == 1 else "mixed starts"
 
 
-def evaluation_settings(config: MergeConfig, inputs: Inputs) -> dict[str, dict[str, Any]]:
-    """{task: data and settings of its evaluation}: the flags, else the run's own args.json."""
+@dataclass(frozen=True)
+class Evaluation:
+    """All that the scoring needs, loaded and checked before anything is merged."""
+
+    backbone: Backbone
+    tokenizer: Any
+    settings: dict[str, dict[str, Any]]
+    """{task: data and settings}: the flags, else the run's own args.json."""
+    data: dict[str, dict[str, Dataset]]
+    """{task: {suffix of the metrics: tokenised validation split}}"""
+
+    def model(self, task: str) -> Any:
+        """The pre-trained model with a new head for the task."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        labels = TASKS[task].labels
+        return load_model(self.backbone, labels, self.tokenizer, torch.float32).to(device)
+
+
+def prepare(config: MergeConfig, inputs: Inputs) -> Evaluation:
+    """Load tokenizer and data, and see that every update and head fits the base model.
+
+    Raises:
+        UserError: no such model or data; an update or head of another model.
+    """
+    backbone = find_backbone(inputs.backbone or "")
+    tokenizer = load_tokenizer(backbone)
     defaults = {each.name: each.default for each in fields(TrainConfig)}
-    defaults["data_dir"] = find_backbone(inputs.backbone or "").data_dir
-    settings = {}
-    for task, checkpoint in inputs.checkpoints.items():
+    defaults["data_dir"] = backbone.data_dir
+    settings, data = {}, {}
+    for name, checkpoint in inputs.checkpoints.items():
         names = ("data_dir", "max_seq_len", "max_test_samples", "seed")
-        settings[task] = {name: checkpoint.args.get(name, defaults[name]) for name in names}
-        for name in ("data_dir", "max_test_samples"):
-            if getattr(config, name) is not None:
-                settings[task][name] = getattr(config, name)
-        settings[task]["batch_size"] = config.per_device_eval_bsz
-    return settings
+        chosen = {each: checkpoint.args.get(each, defaults[each]) for each in names}
+        for each in ("data_dir", "max_test_samples"):
+            if getattr(config, each) is not None:
+                chosen[each] = getattr(config, each)
+        settings[name] = {**chosen, "batch_size": config.per_device_eval_bsz}
+        task = TASKS[name]
+        loaded = load_task(task, chosen["data_dir"], validation_only=True)
+        splits = validation_splits(loaded, chosen["max_test_samples"], chosen["seed"])
+        data[name] = {
+            suffix: tokenize(split, task, tokenizer, chosen["max_seq_len"])
+            for suffix, split in splits.items()
+        }
+    evaluation = Evaluation(backbone, tokenizer, settings, data)
+    for name, checkpoint in inputs.checkpoints.items():
+        check_fits(checkpoint, evaluation.model(name))
+    return evaluation
 
 
 def evaluate_all(
-    inputs: Inputs, merged: Path, settings: Mapping[str, dict[str, Any]], methods: list[str]
+    evaluation: Evaluation, inputs: Inputs, merged: Path, methods: list[str]
 ) -> Scores:
     """Score the pre-trained body, each task's own update and every merge, with the task's head.
 
     One model is in memory at a time, and lent one update after the other.
     """
-    backbone = find_backbone(inputs.backbone or "")
-    tokenizer = load_tokenizer(backbone)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scores: Scores = {name: {} for name in ("pre-trained", "individual", *methods)}
     for name, checkpoint in inputs.checkpoints.items():
-        task, chosen = TASKS[name], settings[name]
-        data = split_task(
-            load_task(task, chosen["data_dir"]),
-            chosen["seed"],
-            max_validation=chosen["max_test_samples"],
-        )
-        validation = {
-            suffix: tokenize(split, task, tokenizer, chosen["max_seq_len"])
-            for suffix, split in data.validation.items()
-        }
-        model = load_model(backbone, task.labels, tokenizer, torch.float32).to(device)
+        model = evaluation.model(name)
         load_head(model, checkpoint.head)
         own = {module: dense(update) for module, update in checkpoint.updates.items()}
         for row in scores:
@@ -239,6 +295,11 @@ def evaluate_all(
                 update = own if row == "individual" else {}
             with applied(model, update):
                 scores[row][name] = evaluate(
-                    model, task, validation, tokenizer, chosen["batch_size"], f"{name}: {row}"
+                    model,
+                    TASKS[name],
+                    evaluation.data[name],
+                    evaluation.tokenizer,
+                    evaluation.settings[name]["batch_size"],
+                    f"{name}: {row}",
                 )
     return scores

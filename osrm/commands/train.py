@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 from osrm.adapters import add_lora, applied, load_head, save_adapter, write_factors, write_head
 from osrm.backbones import (
@@ -22,7 +23,13 @@ from osrm.backbones import (
     load_tokenizer,
     projections,
 )
-from osrm.checkpoints import Checkpoint, named_directories, read_checkpoint
+from osrm.checkpoints import (
+    Checkpoint,
+    check_fits,
+    check_task,
+    named_directories,
+    read_checkpoint,
+)
 from osrm.config import TrainConfig, derive_seed, per_task
 from osrm.errors import UserError
 from osrm.evaluation import evaluate
@@ -42,6 +49,7 @@ from osrm.runs import (
     CHECKPOINTS,
     METRICS,
     args_record,
+    check_output,
     check_unfinished,
     model_card,
     publish,
@@ -107,6 +115,7 @@ class Setting:
 def train(config: TrainConfig) -> None:
     """Run train_glue.py: plan, load, take features, then one task after the other."""
     plan = make_plan(config)
+    check_output(Path(config.output_dir))
     todo = [
         task for task in plan.tasks if check_unfinished(run_dir(config, task.name), config.resume)
     ]
@@ -115,10 +124,13 @@ def train(config: TrainConfig) -> None:
             logger.info("%s is finished: %s", task.name, run_dir(config, task.name))
     if todo:
         setting = load_setting(plan)
+        sources = read_sources(setting, todo)
         features = collect_features(setting) if needs_features(config) else {}
-        run = transform_task if config.load_model_path else train_task
         for task in todo:
-            run(setting, task, features)
+            if sources:
+                transform_task(setting, task, features, sources[task.name])
+            else:
+                train_task(setting, task, features)
     path = Path(config.output_dir) / f"load_model_path-{run_name(config)}.json"
     write_json(path, {task.name: str(run_dir(config, task.name)) for task in plan.tasks})
     logger.info("merge them with: python merge.py --load-model-path %s", path)
@@ -147,6 +159,7 @@ def make_plan(config: TrainConfig) -> Plan:
         raise UserError(
             "--init analytical needs features of other tasks to avoid; name some: --other-tasks"
         )
+    check_loggers(config.report_to)
     epochs, lrs = dict.fromkeys(names, config.epochs), dict.fromkeys(names, config.lr)
     if config.load_epochs:
         epochs = per_task(config.load_epochs, "--load-epochs", names, int)
@@ -160,6 +173,13 @@ def make_plan(config: TrainConfig) -> Plan:
             )
         sources = named_directories(config.load_model_path, names)
     return Plan(config, backbone, tasks, others, epochs, lrs, sources)
+
+
+def check_loggers(report_to: str) -> None:
+    """Refuse a --report-to that the Trainer would refuse later."""
+    known = ["none", "all", *get_available_reporting_integrations()]
+    if report_to not in known:
+        raise UserError(f"--report-to {report_to}: unknown or not installed; here are {known}")
 
 
 def load_setting(plan: Plan) -> Setting:
@@ -219,10 +239,11 @@ def train_task(setting: Setting, task: GlueTask, features: dict[str, FeatureFile
     plan, config = setting.plan, setting.plan.config
     directory = run_dir(config, task.name)
     base = setting.new_model(task)
-    args = write_run_args(setting, task, base, features)
+    args = run_args(setting, task, base, features)
     model = with_lora(setting, task, base)
     if features:
         write_factors(model, analytical_start(task.name, features, config.rank, config.seed))
+    write_args(directory, args)
     if not (directory / "init_model").exists():
         with staged(directory / "init_model") as staging:
             save_adapter(model, staging)
@@ -253,44 +274,64 @@ def train_task(setting: Setting, task: GlueTask, features: dict[str, FeatureFile
     shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
 
 
-def transform_task(setting: Setting, task: GlueTask, features: dict[str, FeatureFile]) -> None:
+def read_sources(setting: Setting, tasks: list[GlueTask]) -> dict[str, Checkpoint]:
+    """The checkpoints to transform, all read and checked before the first step; none in training.
+
+    Raises:
+        UserError: unreadable files; updates of other layers or shapes than --block; another head.
+    """
+    config = setting.plan.config
+    sources = {}
+    for task in tasks:
+        if task.name not in setting.plan.sources:
+            continue
+        base = setting.new_model(task)
+
+        def load_base(_: str | None, base: Any = base) -> Any:
+            return base
+
+        checkpoint = read_checkpoint(setting.plan.sources[task.name], load_base)
+        check_task(checkpoint, task.name)
+        check_fits(checkpoint, base)
+        odd = sorted({*checkpoint.updates} ^ {*projections(base, config.block, config.rank)})
+        if odd:
+            raise UserError(
+                f"--block {config.block}: {checkpoint.path} ({task.name}) does not update the same"
+                f" {len(odd)} layers ({odd[0]}, ...); give the --block that it was trained with"
+            )
+        sources[task.name] = checkpoint
+    return sources
+
+
+def transform_task(
+    setting: Setting, task: GlueTask, features: dict[str, FeatureFile], checkpoint: Checkpoint
+) -> None:
     """Move one checkpoint's update into OSRM's subspace: A is kept, B = ΔW A⁺ / scaling.
 
     Sec. 5.4 of the paper. The trained head goes with it. How much of the update an A of r
     directions can hold is written into metrics.json, with the scores before and after.
     """
-    plan, config = setting.plan, setting.plan.config
+    config = setting.plan.config
     start = analytical_start(task.name, features, config.rank, config.seed)
     base = setting.new_model(task)
-    checkpoint = read_checkpoint(plan.sources[task.name], lambda _: base)
-    check_fits(checkpoint, start, task)
     data = setting.tokenized(task)
     load_head(base, checkpoint.head)
     deltas = {name: dense(update) for name, update in checkpoint.updates.items()}
     with applied(base, deltas):
         before = setting.score(task, base, data)
-    args = write_run_args(setting, task, base, features)
+    args = run_args(setting, task, base, features)
     model = with_lora(setting, task, base)
     scaling = config.alpha / config.rank
     moved = {name: LoraPair.project(deltas[name], A, scaling) for name, A in start.items()}
     write_factors(model, start, {name: pair.B for name, pair in moved.items()})
     write_head(model, checkpoint.head)
+    write_args(run_dir(config, task.name), args)
     metrics = setting.score(task, model, data)
     metrics |= {f"source_{name}": value for name, value in before.items()}
     whole = sum(float(delta.square().sum()) for delta in deltas.values())
     kept = sum(float(pair.delta.square().sum()) for pair in moved.values())
     metrics["kept_share_of_update"] = kept / whole if whole else 1.0
     finish(setting, task, model, args, metrics)
-
-
-def check_fits(checkpoint: Checkpoint, start: dict[str, torch.Tensor], task: GlueTask) -> None:
-    """Refuse a checkpoint whose update is of other layers than the subspaces."""
-    if set(checkpoint.updates) != set(start):
-        odd = sorted(set(checkpoint.updates) ^ set(start))
-        raise UserError(
-            f"--load-model-path: the update of {checkpoint.path} ({task.name}) and --block differ"
-            f" in {len(odd)} layers ({odd[0]}, ...); give the --block that it was trained with"
-        )
 
 
 def with_lora(setting: Setting, task: GlueTask, base: Any) -> PeftModel:
@@ -301,12 +342,12 @@ def with_lora(setting: Setting, task: GlueTask, base: Any) -> PeftModel:
     return add_lora(base, modules, config.rank, config.alpha, config.freeze)
 
 
-def write_run_args(
+def run_args(
     setting: Setting, task: GlueTask, base: Any, features: dict[str, FeatureFile]
 ) -> dict[str, Any]:
-    """args.json of one task's run: every setting, before anything is trained."""
+    """What args.json of one task's run says: every setting."""
     plan, data = setting.plan, setting.data[task.name]
-    args = args_record(
+    return args_record(
         plan.config,
         task.name,
         epochs=plan.epochs[task.name],
@@ -325,8 +366,6 @@ def write_run_args(
             }.items()
         },
     )
-    write_args(run_dir(plan.config, task.name), args)
-    return args
 
 
 def finish(

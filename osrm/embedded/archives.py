@@ -14,8 +14,9 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
+
+from filelock import FileLock
 
 from osrm.errors import UserError
 
@@ -38,32 +39,37 @@ def built(
 ) -> Path:
     """The directory `name` in the cache; fetched and built unless a sound one is there."""
     target = cache_dir() / f"{name}-{EDITION}"
-    if not (fault := damage(target)):
+    if not damage(target):
         return target
-    if target.exists():
-        log.warning("%s is damaged (%s): it is built anew", target, fault)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as scratch:
-            log.info("fetching %s ...", what)
-            archives = fetch(packages, Path(scratch, "archives"))
-            log.info("building %s ...", target)
-            fresh = Path(scratch, "fresh")
-            fresh.mkdir()
-            build(archives, fresh)
-            seal(fresh)
-            if damage(target):  # still: no other process has put a sound one there meanwhile
-                with suppress(OSError):
-                    target.rename(Path(scratch, "damaged"))
-                with suppress(OSError):
-                    fresh.rename(target)
+        # One process builds, the others wait for it; the lock of a dead one is free.
+        with FileLock(target.parent / f".{name}.lock"):
             if fault := damage(target):
-                raise OSError(fault)
+                if target.exists():
+                    log.warning("%s is damaged (%s): it is built anew", target, fault)
+                _build(target, what, packages, build)
     except OSError as error:
         raise UserError(
             f"{target}: cannot be built ({error}): set OSRM_CACHE to a directory with room"
         ) from error
     return target
+
+
+def _build(
+    target: Path, what: str, packages: Sequence[str], build: Callable[[Archives, Path], None]
+) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        log.info("fetching %s ...", what)
+        archives = fetch(packages, Path(scratch, "archives"))
+        log.info("building %s ...", target)
+        fresh = Path(scratch, "fresh")
+        fresh.mkdir()
+        build(archives, fresh)
+        seal(fresh)
+        if target.exists():
+            target.rename(Path(scratch, "damaged"))
+        fresh.rename(target)
 
 
 def seal(directory: Path) -> None:
