@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,15 +39,18 @@ def no_forward(*_: object) -> None:
 
 
 @pytest.fixture
-def refuse(tmp_path, monkeypatch, capfd):
+def refuse(tmp_path, monkeypatch, capfd, request):
     """`refuse(script, argv, words)`: run it in `tmp_path`; it must refuse, as the title says."""
+
+    verbosity = transformers.logging.get_verbosity()
 
     def refuse(script: str, argv: list[str], words: list[str]) -> None:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [str(ROOT / script), *argv])
         monkeypatch.setattr(torch.nn.Linear, "forward", no_forward)
         # As the script itself asks for, but here transformers has been imported long ago.
-        monkeypatch.setattr(transformers.logging.get_logger("transformers"), "level", logging.ERROR)
+        request.addfinalizer(partial(transformers.logging.set_verbosity, verbosity))
+        transformers.logging.set_verbosity_error()
         # Progress goes to stderr as it does outside of pytest, which has handlers of its own.
         monkeypatch.setattr(logging.root, "handlers", [])
         before = snapshot(tmp_path)
@@ -98,6 +102,7 @@ BAD_FLAGS = {
     "--max-test-samples 0 --max-eval-samples 0": ["--max-test-samples", "--max-eval-samples"],
     "--seed -1": ["--seed -1", "at least 0"],
     "--init analytical --tasks rte --other-tasks rte": ["--other-tasks", "other tasks"],
+    "--init analytical --other-tasks rte": ["--other-tasks", "other tasks"],
     "--report-to nonsense": ["--report-to nonsense"],
     "--data-dir nowhere": ["--data-dir nowhere", "rte"],
     "--load-model-path x.json": ["--init analytical"],

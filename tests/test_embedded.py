@@ -525,19 +525,6 @@ def test_a_real_truncated_file_is_mended(archives, monkeypatch, tmp_path, caplog
     assert "model.safetensors has not the size" in caplog.text
 
 
-def test_the_first_of_two_builders_wins(cache, monkeypatch):
-    def slow(archives, out):
-        with monkeypatch.context() as other:
-            other.setattr(MODEL, "build_minilm", lambda archives, out: write(out, "theirs"))
-            embedded.minilm()
-        write(out, "ours")
-
-    monkeypatch.setattr(MODEL, "build_minilm", slow)
-    built = embedded.minilm()
-    assert (built / "below/model").read_text() == "theirs"
-    assert contents(cache) == [built]
-
-
 def test_many_want_it_at_once_and_one_builds(cache, monkeypatch):
     builds = []
 

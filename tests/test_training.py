@@ -185,7 +185,12 @@ def test_a_finished_task_is_not_trained_again(tiny, tiny_data, tmp_path):
     train(config)
     adapter = run_dir(config, "rte") / "adapter_model.safetensors"
     before = adapter.stat().st_mtime_ns
-    train(small(tiny, tiny_data, tmp_path, epochs=1, resume=True))  # and sst2 is, now
+    (paths,) = tmp_path.glob("load_model_path-*.json")
+    assert [*json.loads(paths.read_text())] == ["rte"]
+    train(small(tiny, tiny_data, tmp_path, tasks=["sst2"], epochs=1))  # elsewhere, say
+    assert [*json.loads(paths.read_text())] == ["rte", "sst2"]
+    (run_dir(config, "sst2") / "metrics.json").unlink()
+    train(small(tiny, tiny_data, tmp_path, epochs=1, resume=True))
     assert adapter.stat().st_mtime_ns == before
     assert (run_dir(config, "sst2") / "metrics.json").exists()
 
@@ -250,9 +255,21 @@ def test_freezing_holds_through_a_run(tiny, tiny_data, tmp_path, freeze):
 
 
 def test_bfloat16_trains_on_the_cpu_too(tiny, tiny_data, tmp_path):
-    config = small(tiny, tiny_data, tmp_path, tasks=["rte"], epochs=1, dtype="bfloat16")
+    """Detail 15: what is saved is float32, and dense is the float32 base plus the update."""
+    config = small(
+        *(tiny, tiny_data, tmp_path),
+        **{"tasks": ["rte"], "epochs": 1, "dtype": "bfloat16", "save_merged_model": True},
+    )
     train(config)
     pairs, head, _ = read_adapter(run_dir(config, "rte"))
+    dense = AutoModelForSequenceClassification.from_pretrained(
+        run_dir(config, "rte") / "merged_model"
+    )
+    base = AutoModelForSequenceClassification.from_pretrained(tiny["roberta"]).base_model
+    merged = dense.base_model.state_dict()
+    for name, tensor in base.state_dict().items():
+        pair = pairs.get(f"roberta.{name.removesuffix('.weight')}")
+        torch.testing.assert_close(merged[name], tensor + pair.delta if pair else tensor)
     assert all(pair.B.any() and pair.B.dtype == torch.float32 for pair in pairs.values())
     assert all(tensor.isfinite().all() for tensor in head.values())
 

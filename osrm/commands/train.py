@@ -14,7 +14,15 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 from transformers.integrations import get_available_reporting_integrations
 
-from osrm.adapters import add_lora, applied, load_head, save_adapter, write_factors, write_head
+from osrm.adapters import (
+    add_lora,
+    applied,
+    load_head,
+    read_adapter,
+    save_adapter,
+    write_factors,
+    write_head,
+)
 from osrm.backbones import (
     Backbone,
     body_fingerprint,
@@ -35,6 +43,7 @@ from osrm.errors import UserError
 from osrm.evaluation import evaluate
 from osrm.features import FeatureFile, analytical_start, task_features
 from osrm.glue import (
+    TASKS,
     GlueTask,
     TaskData,
     available_tasks,
@@ -132,7 +141,9 @@ def train(config: TrainConfig) -> None:
             else:
                 train_task(setting, task, features)
     path = Path(config.output_dir) / f"load_model_path-{run_name(config)}.json"
-    write_json(path, {task.name: str(run_dir(config, task.name)) for task in plan.tasks})
+    directories = {name: run_dir(config, name) for name in TASKS}
+    finished = {name: str(at) for name, at in directories.items() if (at / METRICS).exists()}
+    write_json(path, finished)
     logger.info("merge them with: python merge.py --load-model-path %s", path)
 
 
@@ -155,7 +166,7 @@ def make_plan(config: TrainConfig) -> Plan:
     names = [task.name for task in tasks]
     if not tasks:
         raise UserError(f"--data-dir {config.data_dir}: no folder in it is named after a GLUE task")
-    if needs_features(config) and all({task} >= {*others} for task in tasks):
+    if needs_features(config) and any({*others} <= {task} for task in tasks):
         raise UserError(
             "--init analytical needs features of other tasks to avoid; name some: --other-tasks"
         )
@@ -187,9 +198,10 @@ def load_setting(plan: Plan) -> Setting:
     config = plan.config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     low = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
-        config.dtype, torch.bfloat16 if low else torch.float32
-    )
+    auto = "bfloat16" if low else "float32"
+    if config.load_model_path:  # nothing is trained, and differences of weights must not be rounded
+        auto = "float32"
+    dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
     tokenizer = load_tokenizer(plan.backbone)
     needed = plan.tasks + (plan.others if needs_features(config) else [])
     data = {
@@ -381,12 +393,21 @@ def finish(
         save_adapter(model, staging)
     publish(directory / "adapter", directory)
     if setting.plan.config.save_merged_model:
-        # A copy: what is merged in float32 must not be rounded to the frozen weights' type.
-        with staged(directory / "merged_model") as staging:
-            merged = model.float().merge_and_unload()
-            merged.save_pretrained(staging)
-            setting.tokenizer.save_pretrained(staging)
+        save_dense(setting, task, directory)
     write_text(directory / "README.md", model_card(args, metrics))
     write_json(directory / METRICS, metrics)
     main = {name: round(value, 4) for name, value in metrics.items() if "samples" not in name}
     logger.info("%s: %s\n%s: saved in %s", task.name, main, task.name, directory)
+
+
+def save_dense(setting: Setting, task: GlueTask, directory: Path) -> None:
+    """Write merged_model/, W0 + ΔW in float32, from the adapter in the run directory."""
+    pairs, head, _ = read_adapter(directory)
+    dense_model = load_model(setting.plan.backbone, task.labels, setting.tokenizer, torch.float32)
+    load_head(dense_model, head)
+    with (
+        staged(directory / "merged_model") as staging,
+        applied(dense_model, {name: pair.delta for name, pair in pairs.items()}),
+    ):
+        dense_model.save_pretrained(staging)
+        setting.tokenizer.save_pretrained(staging)
