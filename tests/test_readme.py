@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 
 from osrm import embedded
 from osrm.config import MergeConfig, TrainConfig, parse
+from osrm.errors import UserError
 from osrm.glue import TASKS
 from osrm.merging import METHODS
 
@@ -46,6 +48,21 @@ def check(command: str, monkeypatch) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_parses(command, monkeypatch):
     check(command, monkeypatch)
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if "python3" in each])
+def test_the_releases_commands_start(command, monkeypatch, tmp_path):
+    """They run to the point where weights, or checkpoints, are needed, and say what is missing."""
+    import huggingface_hub.constants
+
+    from osrm.commands.train import train
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    config = parse(TrainConfig, None, shlex.split(command)[2:])
+    lacking = "train it first" if config.load_model_path else f"--backbone {config.backbone}"
+    with pytest.raises(UserError, match=lacking):
+        train(replace(config, output_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
