@@ -26,7 +26,7 @@ demo: install
 	$(PY) -m osrm.report $(DEMO)/merged-gaussian/results.json \
 		$(DEMO)/merged-analytical/results.json --output-dir $(DEMO)/report
 	@echo "The table is $(DEMO)/report/table.md, the plot $(DEMO)/report/plot.png. Next:" \
-		"train all eight tasks with '$(PY) train_glue.py --backbone minilm --init analytical --lr 2e-3'"
+		"README.md, 'Train': all eight tasks, your own data, GLUE."
 
 test: install
 	$(PY) -m pytest -n 2

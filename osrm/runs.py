@@ -131,12 +131,14 @@ def write_text(path: Path, text: str) -> None:
 def staged(directory: Path) -> Iterator[Path]:
     """A temporary directory that becomes `directory`, in place of any old one, if all goes well."""
     staging = directory.with_name(f".{directory.name}.{os.getpid()}")
+    old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
     staging.mkdir(parents=True)
     try:
         yield staging
         if directory.exists():
-            shutil.rmtree(directory)
+            directory.replace(old)
         staging.replace(directory)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

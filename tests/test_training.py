@@ -103,8 +103,9 @@ def test_a_models_own_padding_token_stays(tiny):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_leaves_everything_that_it_should(tiny, tiny_data, tmp_path, family):
-    """Details 7 and 9: the head of every family is trained and saved, the adapter is not empty."""
-    config = small(tiny, tiny_data, tmp_path, family, init="analytical", save_merged_model=True)
+    """Details 6, 7, 9: every factor and head is trained, and saved; with gradient checkpointing."""
+    options = {"init": "analytical", "save_merged_model": True, "gradient_checkpoint": True}
+    config = small(tiny, tiny_data, tmp_path, family, **options)
     train(config)
     for task in ("rte", "sst2"):
         directory = run_dir(config, task)

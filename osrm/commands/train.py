@@ -1,124 +1,40 @@
-"""Journeys 1 and 2: one LoRA adapter a task from an OSRM start, or checkpoints moved into it."""
+"""Journey 1: one LoRA adapter and head a task, from PEFT's or OSRM's start."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from peft import PeftModel
-from torch.utils.data import DataLoader
-from transformers import set_seed
-from transformers.integrations import get_available_reporting_integrations
-
-from osrm.adapters import (
-    add_lora,
-    applied,
-    load_head,
-    read_adapter,
-    save_adapter,
-    write_factors,
-    write_head,
+from osrm.adapters import save_adapter, write_factors
+from osrm.commands.setting import (
+    Setting,
+    collect_features,
+    finish,
+    load_setting,
+    make_plan,
+    needs_features,
+    run_args,
+    with_lora,
 )
-from osrm.backbones import (
-    Backbone,
-    body_fingerprint,
-    find_backbone,
-    load_model,
-    load_tokenizer,
-    projections,
-)
-from osrm.checkpoints import (
-    Checkpoint,
-    check_fits,
-    check_task,
-    named_directories,
-    read_checkpoint,
-)
-from osrm.config import TrainConfig, derive_seed, per_task
-from osrm.errors import UserError
-from osrm.evaluation import evaluate
-from osrm.features import FeatureFile, analytical_start, task_features
-from osrm.glue import (
-    TASKS,
-    GlueTask,
-    TaskData,
-    available_tasks,
-    collator,
-    find_tasks,
-    fingerprint,
-    load_task,
-    split_task,
-    tokenize,
-)
+from osrm.commands.transform import read_sources, transform_task
+from osrm.config import TrainConfig, derive_seed
+from osrm.features import FeatureFile, analytical_start
+from osrm.glue import TASKS, GlueTask
 from osrm.runs import (
     CHECKPOINTS,
     METRICS,
-    args_record,
     check_output,
     check_unfinished,
-    model_card,
-    publish,
     run_dir,
     run_name,
     staged,
     write_args,
     write_json,
-    write_text,
 )
-from osrm.task_vectors import LoraPair, dense
 from osrm.training import fit
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that is known before the first long step, and checked."""
-
-    config: TrainConfig
-    backbone: Backbone
-    tasks: list[GlueTask]
-    others: list[GlueTask]
-    epochs: dict[str, int]
-    lrs: dict[str, float]
-    sources: dict[str, Path]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all tasks of a run share."""
-
-    plan: Plan
-    tokenizer: Any
-    device: torch.device
-    dtype: torch.dtype
-    data: dict[str, TaskData]
-
-    def new_model(self, task: GlueTask) -> Any:
-        """The pre-trained model with the task's own fresh head."""
-        plan = self.plan
-        set_seed(derive_seed(plan.config.seed, task.name, "head"))
-        model = load_model(plan.backbone, task.labels, self.tokenizer, self.dtype)
-        return model.to(self.device)
-
-    def tokenized(self, task: GlueTask) -> TaskData:
-        """The task's data, ready for the model."""
-
-        def encode(dataset: Any) -> Any:
-            return tokenize(dataset, task, self.tokenizer, self.plan.config.max_seq_len)
-
-        data = self.data[task.name]
-        validation = {name: encode(split) for name, split in data.validation.items()}
-        return TaskData(encode(data.train), encode(data.selection), validation)
-
-    def score(self, task: GlueTask, model: Any, data: TaskData) -> dict[str, float]:
-        """GLUE's metrics on the reported examples."""
-        batch_size = self.plan.config.per_device_eval_bsz
-        return evaluate(model, task, data.validation, self.tokenizer, batch_size)
 
 
 def train(config: TrainConfig) -> None:
@@ -145,105 +61,6 @@ def train(config: TrainConfig) -> None:
     finished = {name: str(at) for name, at in directories.items() if (at / METRICS).exists()}
     write_json(path, finished)
     logger.info("merge them with: python merge.py --load-model-path %s", path)
-
-
-def needs_features(config: TrainConfig) -> bool:
-    """Only OSRM looks at features; PEFT's gaussian start costs no pass over the data."""
-    return config.init == "analytical"
-
-
-def make_plan(config: TrainConfig) -> Plan:
-    """Read every file that the flags name, and refuse what cannot work.
-
-    Raises:
-        UserError: unknown tasks, broken or incomplete JSON, nothing that A could avoid.
-    """
-    backbone = find_backbone(config.backbone)
-    config = replace(config, data_dir=config.data_dir or backbone.data_dir)
-    available = available_tasks(config.data_dir)
-    tasks = find_tasks(config.tasks or available, "--tasks")
-    others = find_tasks(config.other_tasks or available, "--other-tasks")
-    names = [task.name for task in tasks]
-    if not tasks:
-        raise UserError(f"--data-dir {config.data_dir}: no folder in it is named after a GLUE task")
-    if needs_features(config) and any({*others} <= {task} for task in tasks):
-        raise UserError(
-            "--init analytical needs features of other tasks to avoid; name some: --other-tasks"
-        )
-    check_loggers(config.report_to)
-    epochs, lrs = dict.fromkeys(names, config.epochs), dict.fromkeys(names, config.lr)
-    if config.load_epochs:
-        epochs = per_task(config.load_epochs, "--load-epochs", names, int)
-    if config.load_lrs:
-        lrs = per_task(config.load_lrs, "--load-lrs", names, float)
-    sources = {}
-    if config.load_model_path:
-        if not needs_features(config):
-            raise UserError(
-                "--load-model-path moves checkpoints into OSRM's subspace: add --init analytical"
-            )
-        sources = named_directories(config.load_model_path, names)
-    return Plan(config, backbone, tasks, others, epochs, lrs, sources)
-
-
-def check_loggers(report_to: str) -> None:
-    """Refuse a --report-to that the Trainer would refuse later."""
-    known = ["none", "all", *get_available_reporting_integrations()]
-    if report_to not in known:
-        raise UserError(f"--report-to {report_to}: unknown or not installed; here are {known}")
-
-
-def load_setting(plan: Plan) -> Setting:
-    """Tokenizer and data; all data is checked before any of it is used."""
-    config = plan.config
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    low = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    auto = "bfloat16" if low else "float32"
-    if config.load_model_path:  # nothing is trained, and differences of weights must not be rounded
-        auto = "float32"
-    dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
-    tokenizer = load_tokenizer(plan.backbone)
-    needed = plan.tasks + (plan.others if needs_features(config) else [])
-    data = {
-        task.name: split_task(
-            load_task(task, config.data_dir),
-            config.seed,
-            config.max_train_samples,
-            config.max_eval_samples,
-            config.max_test_samples,
-            config.select_on,
-        )
-        for task in dict.fromkeys(needed)
-    }
-    return Setting(plan, tokenizer, device, dtype, data)
-
-
-def collect_features(setting: Setting) -> dict[str, FeatureFile]:
-    """The feature statistics of all tasks that some task is to avoid, cached ones where known."""
-    plan, config = setting.plan, setting.plan.config
-    model = setting.new_model(plan.tasks[0])
-    modules = projections(model, config.block, config.rank)
-    shared = {
-        "backbone": body_fingerprint(model),
-        "max_seq_len": config.max_seq_len,
-        "features": config.features,
-        "count_padding": config.count_padding,
-    }
-    found = {}
-    for task in plan.others:
-        train = setting.data[task.name].train
-        count = config.max_num_samples if config.max_num_samples > 0 else len(train)
-        samples = train.select(range(min(count, len(train))))
-        encoded = tokenize(samples, task, setting.tokenizer, config.max_seq_len).sort("length")
-        pad_to = config.max_seq_len if config.count_padding else None
-        batches = DataLoader(
-            encoded.remove_columns("labels"),
-            batch_size=config.per_device_eval_bsz,
-            collate_fn=collator(setting.tokenizer, pad_to),
-        )
-        settings = {**shared, "task": task.name, "data": fingerprint(samples)}
-        found[task.name] = task_features(settings, model, modules, batches)
-    return found
 
 
 def train_task(setting: Setting, task: GlueTask, features: dict[str, FeatureFile]) -> None:
@@ -284,130 +101,3 @@ def train_task(setting: Setting, task: GlueTask, features: dict[str, FeatureFile
     trainer.state.save_to_json(str(directory / "trainer_state.json"))
     finish(setting, task, model, args, metrics)
     shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-
-
-def read_sources(setting: Setting, tasks: list[GlueTask]) -> dict[str, Checkpoint]:
-    """The checkpoints to transform, all read and checked before the first step; none in training.
-
-    Raises:
-        UserError: unreadable files; updates of other layers or shapes than --block; another head.
-    """
-    config = setting.plan.config
-    sources = {}
-    for task in tasks:
-        if task.name not in setting.plan.sources:
-            continue
-        base = setting.new_model(task)
-
-        def load_base(_: str | None, base: Any = base) -> Any:
-            return base
-
-        checkpoint = read_checkpoint(setting.plan.sources[task.name], load_base)
-        check_task(checkpoint, task.name)
-        check_fits(checkpoint, base)
-        odd = sorted({*checkpoint.updates} ^ {*projections(base, config.block, config.rank)})
-        if odd:
-            raise UserError(
-                f"--block {config.block}: {checkpoint.path} ({task.name}) does not update the same"
-                f" {len(odd)} layers ({odd[0]}, ...); give the --block that it was trained with"
-            )
-        sources[task.name] = checkpoint
-    return sources
-
-
-def transform_task(
-    setting: Setting, task: GlueTask, features: dict[str, FeatureFile], checkpoint: Checkpoint
-) -> None:
-    """Move one checkpoint's update into OSRM's subspace: A is kept, B = ΔW A⁺ / scaling.
-
-    Sec. 5.4 of the paper. The trained head goes with it. How much of the update an A of r
-    directions can hold is written into metrics.json, with the scores before and after.
-    """
-    config = setting.plan.config
-    start = analytical_start(task.name, features, config.rank, config.seed)
-    base = setting.new_model(task)
-    data = setting.tokenized(task)
-    load_head(base, checkpoint.head)
-    deltas = {name: dense(update) for name, update in checkpoint.updates.items()}
-    with applied(base, deltas):
-        before = setting.score(task, base, data)
-    args = run_args(setting, task, base, features)
-    model = with_lora(setting, task, base)
-    scaling = config.alpha / config.rank
-    moved = {name: LoraPair.project(deltas[name], A, scaling) for name, A in start.items()}
-    write_factors(model, start, {name: pair.B for name, pair in moved.items()})
-    write_head(model, checkpoint.head)
-    write_args(run_dir(config, task.name), args)
-    metrics = setting.score(task, model, data)
-    metrics |= {f"source_{name}": value for name, value in before.items()}
-    whole = sum(float(delta.square().sum()) for delta in deltas.values())
-    kept = sum(float(pair.delta.square().sum()) for pair in moved.values())
-    metrics["kept_share_of_update"] = kept / whole if whole else 1.0
-    finish(setting, task, model, args, metrics)
-
-
-def with_lora(setting: Setting, task: GlueTask, base: Any) -> PeftModel:
-    """`base` with LoRA, A from a seed of the task's own."""
-    config = setting.plan.config
-    modules = projections(base, config.block, config.rank)
-    set_seed(derive_seed(config.seed, task.name, "lora"))
-    return add_lora(base, modules, config.rank, config.alpha, config.freeze)
-
-
-def run_args(
-    setting: Setting, task: GlueTask, base: Any, features: dict[str, FeatureFile]
-) -> dict[str, Any]:
-    """What args.json of one task's run says: every setting."""
-    plan, data = setting.plan, setting.data[task.name]
-    return args_record(
-        plan.config,
-        task.name,
-        epochs=plan.epochs[task.name],
-        lr=plan.lrs[task.name],
-        other_tasks=[name for name in features if name != task.name],
-        feature_files={name: file.path.name for name, file in features.items()},
-        base_model=plan.backbone.path,
-        num_labels=task.num_labels,
-        body_fingerprint=body_fingerprint(base),
-        data={
-            name: {"examples": len(split), "fingerprint": fingerprint(split)}
-            for name, split in {
-                "train": data.train,
-                "selection": data.selection,
-                **{f"validation{end}": split for end, split in data.validation.items()},
-            }.items()
-        },
-    )
-
-
-def finish(
-    setting: Setting,
-    task: GlueTask,
-    model: PeftModel,
-    args: dict[str, Any],
-    metrics: dict[str, float],
-) -> None:
-    """Save adapter, dense model if asked for, card, and last of all metrics.json."""
-    directory = run_dir(setting.plan.config, task.name)
-    with staged(directory / "adapter") as staging:
-        save_adapter(model, staging)
-    publish(directory / "adapter", directory)
-    if setting.plan.config.save_merged_model:
-        save_dense(setting, task, directory)
-    write_text(directory / "README.md", model_card(args, metrics))
-    write_json(directory / METRICS, metrics)
-    main = {name: round(value, 4) for name, value in metrics.items() if "samples" not in name}
-    logger.info("%s: %s\n%s: saved in %s", task.name, main, task.name, directory)
-
-
-def save_dense(setting: Setting, task: GlueTask, directory: Path) -> None:
-    """Write merged_model/, W0 + ΔW in float32, from the adapter in the run directory."""
-    pairs, head, _ = read_adapter(directory)
-    dense_model = load_model(setting.plan.backbone, task.labels, setting.tokenizer, torch.float32)
-    load_head(dense_model, head)
-    with (
-        staged(directory / "merged_model") as staging,
-        applied(dense_model, {name: pair.delta for name, pair in pairs.items()}),
-    ):
-        dense_model.save_pretrained(staging)
-        setting.tokenizer.save_pretrained(staging)
