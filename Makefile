@@ -11,7 +11,7 @@ RUN := minilm-r8-a16
 REST := fixN-qv-wd0.0-seq128
 STARTS := gaussian analytical
 TRAIN := --backbone minilm --tasks $(TASKS) --other-tasks $(TASKS) --epochs 2 --lr 2e-3 \
-	--per-device-train-bsz 32 --max-train-samples 1280 --max-eval-samples 100 \
+	--per-device-train-bsz 32 --max-train-samples 1024 --max-eval-samples 100 \
 	--max-test-samples 200 --output-dir $(DEMO) --resume
 
 .PHONY: demo test check install
