@@ -272,10 +272,11 @@ def _checked(task: GlueTask, dataset: Dataset, where: str) -> Dataset:
                 )
     given = pd.Series(dataset["label"][:], dtype=object)
     labels = pd.to_numeric(given, errors="coerce").to_numpy(np.float64)  # NaN: no number
+    expected: object
     if task.labels:
         wrong, expected = ~np.isin(labels, range(len(task.labels))), dict(enumerate(task.labels))
     else:
-        wrong, expected = ~((labels >= 0) & (labels <= 5)), "0 to 5"  # type: ignore[assignment]
+        wrong, expected = ~((labels >= 0) & (labels <= 5)), "0 to 5"
     if wrong.any():
         row = int(wrong.argmax())
         raise UserError(
