@@ -114,10 +114,7 @@ class FeatureFile(Mapping[str, Covariance]):
             header = json.loads((file.metadata() or {})["header"])
             self.leaders: dict[str, str] = header["leaders"]
             self.counts: dict[str, int] = header["counts"]
-            digest = hashlib.sha256()
-            for name in sorted(file.keys()):
-                digest.update(file.get_tensor(name).numpy().tobytes())
-            if digest.hexdigest() != header["sha256"]:
+            if _checksum(file.keys(), file.get_tensor) != header["sha256"]:
                 raise SafetensorError("checksum differs")
 
     @staticmethod
@@ -127,13 +124,10 @@ class FeatureFile(Mapping[str, Covariance]):
         for name, total in totals.items():
             tensors[f"{name}/mean"] = total.mean.cpu().contiguous()
             tensors[f"{name}/scatter"] = total.scatter.cpu().contiguous()
-        digest = hashlib.sha256()
-        for name in sorted(tensors):
-            digest.update(tensors[name].numpy().tobytes())
         header = {
             "leaders": dict(leaders),
             "counts": {name: total.count for name, total in totals.items()},
-            "sha256": digest.hexdigest(),
+            "sha256": _checksum(tensors, tensors.__getitem__),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -152,6 +146,14 @@ class FeatureFile(Mapping[str, Covariance]):
 
     def __len__(self) -> int:
         return len(self.leaders)
+
+
+def _checksum(names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:
+    """sha256 of the tensors in the order of their names, one in memory at a time."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(tensor(name).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def task_features(
