@@ -16,11 +16,15 @@ from osrm.errors import UserError
 
 Config = TypeVar("Config")
 
+EPSILON = 1e-2
+"""Of the contrastive start; README.md, "Which start", has the measurement."""
+
 
 def flag(default: Any, help: str, *, least: float | None = None, **options: Any) -> Any:
     """A dataclass field that is also a command-line flag of its default's type.
 
-    `least` is the smallest value allowed; the other options are argparse's.
+    `least` is the smallest value allowed; the other options are argparse's. The values of a list
+    are text unless `type` says otherwise.
     """
     metadata = {"least": least, "options": {"help": help, **options}}
     if isinstance(default, list):
@@ -90,9 +94,15 @@ class TrainConfig:
     )
     init: str = flag(
         "gaussian",
-        "start of A: gaussian (PEFT's) or analytical (OSRM)",
-        choices=("gaussian", "analytical"),
+        "start of A: gaussian or kaiming (PEFT's), orthogonal (a random frame), analytical (OSRM:"
+        " least energy of the other tasks), contrastive (most own energy against theirs)",
+        choices=("gaussian", "kaiming", "orthogonal", "analytical", "contrastive"),
     )
+    epsilon: float = flag(
+        EPSILON,
+        "contrastive: what counts as little energy, relative to the others' mean eigenvalue",
+    )
+    norm_match: float | None = flag(None, "rescale every row of A's start to this norm", type=float)
     features: str = flag(
         "token",
         "the vectors that OSRM counts: every real token, one mean a sample, or one mean a task",
@@ -101,6 +111,13 @@ class TrainConfig:
     count_padding: bool = flag(
         False, "padding counts as features too; with --features mean the release's statistic"
     )
+    feature_bank: str | None = flag(
+        None,
+        "folder of <task>.safetensors files with feature statistics: those there are used, also of"
+        " tasks without data here, and those lacking are written",
+        metavar="DIR",
+    )
+    only_features: bool = flag(False, "write the feature bank, and stop")
     max_num_samples: int = flag(100, "training examples a task for OSRM's features; <= 0: all")
     rank: int = flag(8, "rank r of the adapters", least=1)
     alpha: int = flag(16, "LoRA alpha: an update is alpha/r B A", least=1)
@@ -164,6 +181,12 @@ class TrainConfig:
             problems.append(f"--freeze {self.freeze}: {reason}; expected A, B or N")
         if self.lr == 0:
             problems.append("--lr 0: nothing would be trained; expected a rate above 0")
+        if not 0 < self.epsilon < math.inf:
+            problems.append(f"--epsilon {self.epsilon}: expected a finite number above 0")
+        if self.norm_match is not None and not 0 < self.norm_match < math.inf:
+            problems.append(f"--norm-match {self.norm_match}: expected a finite number above 0")
+        if self.only_features and not self.feature_bank:
+            problems.append("--only-features writes a bank: name its folder with --feature-bank")
         if self.warmup_ratio >= 1:
             problems.append(f"--warmup-ratio {self.warmup_ratio}: expected a share below 1")
         problems += [
@@ -190,6 +213,13 @@ class MergeConfig:
     scale: float | None = flag(
         None, "λ of the methods that have one, instead of --hparams'", type=float
     )
+    search: list[float] = flag(
+        [],
+        "instead of --scale: the one of these λ with the best average score on examples held out"
+        " of the runs' training data, neither trained on nor reported",
+        type=float,
+        metavar="X",
+    )
     density: float | None = flag(
         None, "share of the entries that TIES keeps, instead of --hparams'", type=float
     )
@@ -205,8 +235,18 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
+        problems = []
         if self.max_test_samples == 0:
-            raise UserError("--max-test-samples 0: none are left; expected at least 1, or -1")
+            problems.append("--max-test-samples 0: none are left; expected at least 1, or -1")
+        wrong = [f"{scale:g}" for scale in self.search if not 0 < scale < math.inf]
+        if wrong:
+            problems.append(f"--search {' '.join(wrong)}: expected finite numbers above 0")
+        if self.search and self.scale is not None:
+            problems.append("--search and --scale: both choose λ; give one of them")
+        if self.search and self.no_eval:
+            problems.append("--search and --no-eval: a search evaluates; give one of them")
+        if problems:
+            raise UserError("; ".join(problems))
 
 
 def read_json(path: str | Path, field: str) -> Any:

@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from osrm.config import read_json
 from osrm.errors import UserError, run_script
@@ -22,7 +23,10 @@ from osrm.glue import TASKS
 from osrm.runs import write_text
 
 Results = Mapping[str, Any]
-"""The content of a results.json: {"init", "rows": [{"name", "scores", "average", ...}], ...}"""
+"""The content of a results.json: {"init", "rows": [{"name", "scores", "average", ...}], ...}
+
+With --search also {"search": {method: {"grid": [λ], "scores": {task: [score]}, "average", "best"}}}
+"""
 
 # Okabe and Ito's colours, distinct for colour-blind readers.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -104,6 +108,32 @@ def plot(results: Sequence[Results], path: Path) -> None:
     axes.set_ylabel(f"average score of {len(results[0]['tasks'])} tasks (× 100)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(title="start of A", frameon=False, ncols=len(results), loc="outside upper right")
+    save(figure, path)
+
+
+def plot_search(search: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """The average held-out score against λ: a curve for each method, its best λ a star.
+
+    Args:
+        search: what a results.json has under that name.
+    """
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for i, (method, found) in enumerate(search.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        heights = [100 * average for average in found["average"]]
+        title = f"{method} (best λ: {found['best']:g})"
+        axes.plot(found["grid"], heights, "o-", color=colour, markersize=4, label=title)
+        height = heights[found["grid"].index(found["best"])]
+        axes.plot(found["best"], height, "*", color=colour, markersize=15, markeredgecolor="white")
+    axes.set_xlabel("λ")
+    axes.set_ylabel(f"average held-out score of {len(found['scores'])} tasks (× 100)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, ncols=len(search), loc="outside upper right")
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG; it appears under its name only when it is whole."""
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=150, format="png")
     temporary.replace(path)

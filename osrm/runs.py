@@ -16,11 +16,20 @@ from typing import Any
 
 from osrm.config import TrainConfig, read_json
 from osrm.errors import UserError
+from osrm.starts import STARTS
 
 ARGS, METRICS, CHECKPOINTS = "args.json", "metrics.json", "checkpoints"
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "safetensors")
 # Settings that do not change what a run computes: they may differ when it is resumed.
 VOLATILE = {"tasks", "resume", "report_to", "save_merged_model", "output_dir", "environment"}
+
+
+DEFAULTS = TrainConfig()
+
+
+def needs_features(config: TrainConfig) -> bool:
+    """Only OSRM looks at features; a random start costs no pass over the data."""
+    return STARTS[config.init].needs_features or config.load_model_path is not None
 
 
 def run_name(config: TrainConfig) -> str:
@@ -30,8 +39,14 @@ def run_name(config: TrainConfig) -> str:
         f"{backbone}-r{config.rank}-a{config.alpha}-{config.init}-fix{config.freeze}"
         f"-{config.block}-wd{config.weight_decay}-seq{config.max_seq_len}"
     )
-    if config.init == "analytical":
+    if needs_features(config):
         name += f"-{config.max_num_samples}" if config.max_num_samples > 0 else "-full"
+        # The settings that the release has not: its names stay as they are.
+        name += "" if config.features == DEFAULTS.features else f"-{config.features}"
+        name += "-padding" if config.count_padding else ""
+        name += "" if config.epsilon == DEFAULTS.epsilon else f"-eps{config.epsilon:g}"
+    if config.norm_match is not None:
+        name += f"-norm{config.norm_match:g}"
     if config.load_model_path:
         name += "-transformed"
     return name

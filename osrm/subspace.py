@@ -1,4 +1,8 @@
-"""Which subspace may an update live in? OSRM, Sec. 4: the one where other tasks have no energy."""
+"""Which subspace may an update live in? OSRM, Sec. 4: the one where other tasks have no energy.
+
+Every answer is the top of one generalised eigenproblem, N v = μ (S + shift I) v, S being the moment
+of the other tasks: N = I gives OSRM's minor subspace, N = the own moment the contrastive one.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +10,50 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from osrm.moments import Moment
 
-def minor_subspace(
-    moment: Float[Tensor, "d d"], rank: int, generator: Generator
-) -> Float[Tensor, "rank d"]:
+# Columns of the Krylov block beyond the rank: they catch what lies close behind the border.
+_GUARD = 8
+# A value has converged if one more step changes it by less than this share of it.
+_TOLERANCE = 1e-8
+
+
+def minor_subspace(others: Moment, rank: int, generator: Generator) -> Float[Tensor, "rank d"]:
     """A = argmin tr(A S Aᵀ) subject to A Aᵀ = I: the minor eigenvectors of the moment S.
 
     The minimum is the sum of the `rank` smallest eigenvalues. Where it is attained by many
     frames (the eigenvalue at the border is repeated: above all the null space of a statistic of
-    few vectors) the frame is drawn uniformly from `generator` inside that eigenspace. A
-    linear-algebra library would return the same arbitrary vectors for every task instead, and
-    the tasks would meet in them.
+    few vectors) the frame is drawn from `generator` inside that eigenspace, no direction of it
+    being preferred. A linear-algebra library would return the same arbitrary vectors for every
+    task instead, and the tasks would meet in them.
 
     Args:
-        moment: symmetric and positive semi-definite, E[h hᵀ] of the other tasks' features.
+        others: the statistic of the other tasks' features.
         rank: number of directions, 1 <= rank <= d.
-        generator: a CPU generator; used for the choice inside a repeated eigenvalue alone.
+        generator: a CPU generator, of the random start of the iteration and of free choices.
 
     Raises:
         ValueError: rank is not in 1..d, or the moment is not finite.
     """
-    d = len(moment)
-    if not 1 <= rank <= d:
-        raise ValueError(f"rank {rank} is not in 1..{d}")
-    if not moment.isfinite().all():
-        raise ValueError("the moment holds NaN or infinity")
-    energies, directions = torch.linalg.eigh(moment.to(torch.float64))
-    # Two energies closer than the rounding of the moment itself are one.
-    rounding = d * torch.finfo(moment.dtype).eps * energies[-1]
-    border = energies[rank - 1]
-    fixed = directions[:, energies < border - rounding]
-    free = directions[:, (energies - border).abs() <= rounding]
-    frame = random_frame(free.shape[1], rank - fixed.shape[1], generator).to(free)
-    return torch.cat([fixed, free @ frame.T], dim=1).T.contiguous()
+    return _pencil_top(None, others, 0.0, rank, generator)
+
+
+def contrastive_subspace(
+    own: Moment, others: Moment, rank: int, generator: Generator, epsilon: float
+) -> Float[Tensor, "rank d"]:
+    """Among directions of little energy of the others, those of most own energy.
+
+    The top generalised eigenvectors of (S_own, S_others + ε · tr(S_others)/d · I), that is of
+    largest ratio of own to other energy, orthonormalised. ε says what "little" is, relative to
+    the mean eigenvalue of the others: with ε → 0 it is the top own energy inside the others'
+    null space, with ε → ∞ the top own energy alone.
+
+    Raises:
+        ValueError: as `minor_subspace`; epsilon is not above 0.
+    """
+    if not epsilon > 0:
+        raise ValueError(f"epsilon {epsilon} is not above 0")
+    return _pencil_top(own, others, epsilon, rank, generator)
 
 
 def random_frame(d: int, rank: int, generator: Generator) -> Float[Tensor, "rank d"]:
@@ -46,3 +61,68 @@ def random_frame(d: int, rank: int, generator: Generator) -> Float[Tensor, "rank
     gaussian = torch.randn(d, rank, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
     return (q * r.diagonal().sign()).T.contiguous()
+
+
+def _pencil_top(
+    own: Moment | None, others: Moment, epsilon: float, rank: int, generator: Generator
+) -> Float[Tensor, "rank d"]:
+    """Orthonormal rows that span the top of N v = μ (S + shift I) v; N = I if `own` is None.
+
+    Block Krylov iteration of (S + shift I)⁻¹ N from a random block, with full orthogonalisation
+    and a Rayleigh-Ritz step on the whole basis (Golub and Van Loan, 4th ed., Sec. 10.1 and 10.3),
+    until the top `rank` values stand still; a basis of the whole space is exact in any case. The
+    only cost of order d³ is one Cholesky factorisation, n × n if there are but n < d vectors.
+    """
+    d = others.data.shape[1]
+    if not 1 <= rank <= d:
+        raise ValueError(f"rank {rank} is not in 1..{d}")
+    if not all(each.data.isfinite().all() for each in (others, own) if each):
+        raise ValueError("the moment holds NaN or infinity")
+    eps = torch.finfo(torch.float64).eps
+    trace = d * others.mean_energy or torch.finfo(torch.float64).tiny / eps
+    # At least the rounding of the eigenvalues, or there is no factorisation.
+    shift = max(epsilon * trace / d, d * eps * trace)
+    solve = others.shifted_inverse(shift)
+    block = torch.randn(d, rank + _GUARD, generator=generator, dtype=torch.float64)
+    block = block.to(others.data.device)
+    basis = upper = lower = block[:, :0]
+    before = block.new_zeros(rank)
+    while True:
+        block = _orthonormal(block[:, : d - basis.shape[1]], basis)
+        basis = torch.cat([basis, block], 1)
+        image = own.times(block) if own else block
+        upper = torch.cat([upper, image], 1)
+        lower = torch.cat([lower, others.times(block) + shift * block], 1)
+        values, vectors = _generalised_eigh(basis.T @ upper, basis.T @ lower)
+        vectors = basis @ vectors
+        # First-order change of each value by rounding: vᵀ (δN - μ δS) v with vᵀ (S + shift) v = 1.
+        size = d * own.mean_energy if own else 1.0
+        noise = d**0.5 * eps * vectors.square().sum(0) * (size + values * trace)
+        change = (values[:rank] - before).abs() - _TOLERANCE * values[:rank].abs()
+        if basis.shape[1] == d or (change <= noise[:rank]).all():
+            break
+        before, block = values[:rank], solve(image)
+    border = values[rank - 1]
+    tied = (values - border).abs() <= noise
+    fixed, free = vectors[:, (values > border) & ~tied], torch.linalg.qr(vectors[:, tied])[0]
+    frame = random_frame(free.shape[1], rank - fixed.shape[1], generator).to(free)
+    return torch.linalg.qr(torch.cat([fixed, free @ frame.T], 1))[0].T.contiguous()
+
+
+def _orthonormal(block: Float[Tensor, "d k"], basis: Float[Tensor, "d n"]) -> Tensor:
+    """The block's directions that the basis lacks; twice is enough (Parlett, 1998, Sec. 6.9)."""
+    for _ in range(2):
+        block = torch.linalg.qr(block - basis @ (basis.T @ block))[0]
+    return block
+
+
+def _generalised_eigh(
+    upper: Float[Tensor, "n n"], lower: Float[Tensor, "n n"]
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n n"]]:
+    """N v = μ L v, L positive definite: values descending, and vectors with vᵀ L v = 1."""
+    factor = torch.linalg.cholesky((lower + lower.T) / 2)
+    half = torch.linalg.solve_triangular(factor, (upper + upper.T) / 2, upper=False)
+    reduced = torch.linalg.solve_triangular(factor, half.T, upper=False)
+    values, vectors = torch.linalg.eigh((reduced + reduced.T) / 2)
+    vectors = torch.linalg.solve_triangular(factor.T, vectors, upper=True)
+    return values.flip(0), vectors.flip(1)

@@ -8,7 +8,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from jaxtyping import install_import_hook
 
 # Every shape that these files' annotations promise is checked in the tests.
-NUMBERS = ("covariance", "subspace", "merging", "task_vectors", "features", "adapters")
+NUMBERS = (
+    "moments",
+    "subspace",
+    "merging",
+    "task_vectors",
+    "features",
+    "adapters",
+    "interference",
+)
 install_import_hook([f"osrm.{name}" for name in NUMBERS], "beartype.beartype")
 
 import json

@@ -185,6 +185,18 @@ def test_flags_override_the_runs_own_settings(runs, tmp_path):
     assert results["rows"][0]["metrics"]["rte"]["eval_samples"] == 5
 
 
+def test_a_search_scores_what_selected_the_runs_best_epoch(runs, tmp_path):
+    """One task with λ = 1 is its own adapter: its held-out score stands in the run's metrics."""
+    for task in NAMES:
+        paths = {task: str(run_dir(runs, task))}
+        options = {"methods": ["task_arithmetic"], "search": [1.0], "paths": paths}
+        out = merged(runs, tmp_path, task, **options)
+        found = json.loads((out / "results.json").read_text())["search"]["task_arithmetic"]
+        metrics = json.loads((run_dir(runs, task) / "metrics.json").read_text())
+        selected = metrics[f"selection_{TASKS[task].select}"]
+        assert found["scores"][task] == [pytest.approx(selected, abs=1e-4)]
+
+
 def test_an_existing_output_stays_whole_until_a_new_one_is(runs, tmp_path, monkeypatch):
     out = merged(runs, tmp_path, methods=["average"], no_eval=True)
     with pytest.raises(UserError, match="--overwrite"):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -29,7 +30,15 @@ from osrm.checkpoints import (
 from osrm.config import MergeConfig, TrainConfig, read_json
 from osrm.errors import UserError
 from osrm.evaluation import evaluate
-from osrm.glue import TASKS, find_tasks, load_task, tokenize, validation_splits
+from osrm.glue import (
+    TASKS,
+    find_tasks,
+    fingerprint,
+    load_task,
+    split_task,
+    tokenize,
+    validation_splits,
+)
 from osrm.merged import RECIPE, MergedUpdate, save_merged
 from osrm.merging import METHODS, check_knobs, merge
 from osrm.runs import check_output, environment, staged, write_json, write_text
@@ -40,47 +49,52 @@ logger = logging.getLogger(__name__)
 Scores = dict[str, dict[str, dict[str, float]]]
 """{row of the table: {task: {metric: value}}}"""
 
+Search = dict[str, Any]
+"""One method's {"chosen_on", "grid": [λ], "scores": {task: [score]}, "average", "best": λ}."""
+
+Splits = dict[str, dict[str, Dataset]]
+"""{task: {suffix of the metrics: tokenised examples}}"""
+
 
 @dataclass(frozen=True)
 class Inputs:
     """What is merged: one checkpoint a task, all of one base model."""
 
     checkpoints: dict[str, Checkpoint]
+    vectors: TaskVectors
+    """Their updates, stacked."""
     labels: dict[str, tuple[str, ...]]
     backbone: str | None
     """None where nothing says what the base is called; only --no-eval can do with that."""
 
 
 def run(config: MergeConfig) -> None:
-    """Run merge.py: read, stack, merge and save with each method, evaluate, print."""
+    """Run merge.py: read, merge and save with each method, search for λ, evaluate, print."""
     methods = choose_methods(config)
     directory = Path(config.output_dir)
     check_replaceable(directory, config.overwrite)
     inputs = read_inputs(config)
-    vectors = TaskVectors.stack({task: each.updates for task, each in inputs.checkpoints.items()})
     evaluation = None if config.no_eval else prepare(config, inputs)
-    heads = {task: each.head for task, each in inputs.checkpoints.items()}
     recipe = base_recipe(inputs)
     with staged(directory) as staging:
-        seconds = {}
-        for name, knobs in methods.items():
-            begin = time.perf_counter()
-            whole = {"method": name, "paper": METHODS[name].paper, "knobs": knobs, **recipe}
-            save_merged(staging / name, merge(name, vectors, **knobs), heads, whole)
-            seconds[name] = time.perf_counter() - begin
-            logger.info("%s: %d tasks merged in %.1f s", name, len(heads), seconds[name])
+        search: dict[str, Search] = {}
+        seconds = save_all(staging, methods, inputs, recipe, search)
+        if evaluation and config.search:
+            search = search_scales(config.search, evaluation, inputs, staging, methods)
+            best = {name: {**methods[name], "scale": search[name]["best"]} for name in search}
+            seconds |= save_all(staging, best, inputs, recipe, search)
+            methods |= best
         if evaluation:
             scores = evaluate_all(evaluation, inputs, staging, [*methods])
             results = {
                 "init": common_init(inputs),
                 "backbone": inputs.backbone,
                 "rows": report.rows(scores, methods, seconds),
+                "search": search,
                 "evaluation": evaluation.settings,
                 **recipe,
             }
-            write_json(staging / "results.json", results)
-            write_text(staging / "results.md", report.table([results]))
-            report.plot([results], staging / "results.png")
+            write_results(staging, results)
     if evaluation:
         print((directory / "results.md").read_text(encoding="utf-8"))
     logger.info("The merged models%s are in %s", " and scores" if evaluation else "", directory)
@@ -93,7 +107,7 @@ def check_replaceable(directory: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"--output-dir {directory} exists; choose another, or add --overwrite")
-    ours = {"results.json", "results.md", "results.png"}
+    ours = {"results.json", "results.md", "results.png", "search.png"}
     foreign = [
         path.name
         for path in directory.iterdir()
@@ -107,11 +121,14 @@ def check_replaceable(directory: Path, overwrite: bool) -> None:
 
 
 def choose_methods(config: MergeConfig) -> dict[str, dict[str, Any]]:
-    """{method: knobs} from --hparams, --methods, --scale and --density, all checked."""
+    """{method: knobs} from --hparams, --methods, --scale and --density, all checked.
+
+    With --search every λ is 1 until the best is found.
+    """
     table = read_json(config.hparams, "--hparams")
     if not isinstance(table, dict) or not all(isinstance(knobs, dict) for knobs in table.values()):
         raise UserError(f"--hparams {config.hparams}: expected {{method: {{knob: value}}}}")
-    flags = {"scale": config.scale, "density": config.density}
+    flags = {"scale": 1.0 if config.search else config.scale, "density": config.density}
     methods = {}
     problems = []
     if not (config.methods or table):
@@ -126,7 +143,8 @@ def choose_methods(config: MergeConfig) -> dict[str, dict[str, Any]]:
             problems.append(str(error))
     for knob, value in flags.items():
         if value is not None and methods and not any(knob in each for each in methods.values()):
-            problems.append(f"--{knob} {value:g}: none of {', '.join(methods)} has it")
+            named = "--search" if config.search and knob == "scale" else f"--{knob} {value:g}"
+            problems.append(f"{named}: none of {', '.join(methods)} has the knob '{knob}'")
     if problems:
         raise UserError(f"--methods, --hparams {config.hparams}: {'; '.join(problems)}")
     return methods
@@ -136,8 +154,9 @@ def read_inputs(config: MergeConfig) -> Inputs:
     """Read and compare the checkpoints of --load-model-path.
 
     Raises:
-        UserError: see `named_directories` and `read_checkpoint`; checkpoints of different bases;
-            task names that are not GLUE's, unless --no-eval; a head that does not fit the task.
+        UserError: see `named_directories`, `read_checkpoint` and `TaskVectors.stack`; checkpoints
+            of different bases; task names that are not GLUE's, unless --no-eval; a head that does
+            not fit the task.
     """
     where = f"--load-model-path {config.load_model_path}"
     directories = named_directories(config.load_model_path, None)
@@ -168,7 +187,8 @@ def read_inputs(config: MergeConfig) -> Inputs:
     backbone = config.backbone or next((name for name in named if name), None)
     if backbone is None and not config.no_eval:
         raise UserError(f"{where}: nothing says what the base model is; add --backbone")
-    return Inputs(checkpoints, labels, backbone)
+    vectors = TaskVectors.stack({task: each.updates for task, each in checkpoints.items()})
+    return Inputs(checkpoints, vectors, labels, backbone)
 
 
 def check_bases(checkpoints: Mapping[str, Checkpoint]) -> None:
@@ -220,6 +240,36 @@ def base_recipe(inputs: Inputs) -> dict[str, Any]:
     }
 
 
+def save_all(
+    directory: Path,
+    methods: Mapping[str, dict[str, Any]],
+    inputs: Inputs,
+    recipe: Mapping[str, Any],
+    search: Mapping[str, Search],
+) -> dict[str, float]:
+    """Merge and save with each method, in place of an earlier one; {method: seconds}."""
+    heads = {task: each.head for task, each in inputs.checkpoints.items()}
+    seconds = {}
+    for name, knobs in methods.items():
+        begin = time.perf_counter()
+        whole = {"method": name, "paper": METHODS[name].paper, "knobs": knobs, **recipe}
+        if name in search:
+            whole["search"] = search[name]
+        save_merged(directory / name, merge(name, inputs.vectors, **knobs), heads, whole)
+        seconds[name] = time.perf_counter() - begin
+        logger.info("%s: %d tasks merged in %.1f s", name, len(heads), seconds[name])
+    return seconds
+
+
+def write_results(directory: Path, results: dict[str, Any]) -> None:
+    """results.json, the table and the plots."""
+    write_json(directory / "results.json", results)
+    write_text(directory / "results.md", report.table([results]))
+    report.plot([results], directory / "results.png")
+    if results["search"]:
+        report.plot_search(results["search"], directory / "search.png")
+
+
 def common_init(inputs: Inputs) -> str:
     """The start of A that the runs had; it names them in the table."""
     inits = {each.args.get("init", "adapters") for each in inputs.checkpoints.values()}
@@ -234,8 +284,9 @@ class Evaluation:
     tokenizer: Any
     settings: dict[str, dict[str, Any]]
     """{task: data and settings}: the flags, else the run's own args.json."""
-    data: dict[str, dict[str, Dataset]]
-    """{task: {suffix of the metrics: tokenised validation split}}"""
+    reported: Splits
+    held_out: Splits
+    """What chooses λ; empty without --search."""
 
     def model(self, task: str) -> Any:
         """The pre-trained model with a new head for the task."""
@@ -243,18 +294,23 @@ class Evaluation:
         labels = TASKS[task].labels
         return load_model(self.backbone, labels, self.tokenizer, torch.float32).to(device)
 
+    def score(self, model: Any, task: str, splits: Splits, title: str) -> dict[str, float]:
+        """The metrics of a model with the task's head on the task's part of `splits`."""
+        batch_size = self.settings[task]["batch_size"]
+        return evaluate(model, TASKS[task], splits[task], self.tokenizer, batch_size, title)
+
 
 def prepare(config: MergeConfig, inputs: Inputs) -> Evaluation:
     """Load tokenizer and data, and see that every update and head fits the base model.
 
     Raises:
-        UserError: no such model or data; an update or head of another model.
+        UserError: no such model or data; an update or head of another model; see `held_out_part`.
     """
     backbone = find_backbone(inputs.backbone or "")
     tokenizer = load_tokenizer(backbone)
     defaults = {each.name: each.default for each in fields(TrainConfig)}
     defaults["data_dir"] = backbone.data_dir
-    settings, data = {}, {}
+    settings, reported, held_out = {}, {}, {}
     for name, checkpoint in inputs.checkpoints.items():
         names = ("data_dir", "max_seq_len", "max_test_samples", "seed")
         chosen = {each: checkpoint.args.get(each, defaults[each]) for each in names}
@@ -262,17 +318,124 @@ def prepare(config: MergeConfig, inputs: Inputs) -> Evaluation:
             if getattr(config, each) is not None:
                 chosen[each] = getattr(config, each)
         settings[name] = {**chosen, "batch_size": config.per_device_eval_bsz}
-        task = TASKS[name]
-        loaded = load_task(task, chosen["data_dir"], validation_only=True)
+        loaded = load_task(TASKS[name], chosen["data_dir"], validation_only=not config.search)
         splits = validation_splits(loaded, chosen["max_test_samples"], chosen["seed"])
-        data[name] = {
-            suffix: tokenize(split, task, tokenizer, chosen["max_seq_len"])
-            for suffix, split in splits.items()
-        }
-    evaluation = Evaluation(backbone, tokenizer, settings, data)
+        encode = partial(
+            tokenize, task=TASKS[name], tokenizer=tokenizer, max_seq_len=chosen["max_seq_len"]
+        )
+        reported[name] = {suffix: encode(split) for suffix, split in splits.items()}
+        if config.search:
+            part = held_out_part(name, checkpoint, loaded)
+            settings[name]["held_out_examples"] = len(part)
+            held_out[name] = {"": encode(part)}
+    evaluation = Evaluation(backbone, tokenizer, settings, reported, held_out)
     for name, checkpoint in inputs.checkpoints.items():
         check_fits(checkpoint, evaluation.model(name))
     return evaluation
+
+
+def held_out_part(task: str, checkpoint: Checkpoint, loaded: Mapping[str, Dataset]) -> Dataset:
+    """The examples that selected the run's best epoch: neither trained on nor reported.
+
+    Raises:
+        UserError: there are none, or nothing proves that they are the ones.
+    """
+    match checkpoint.args:
+        case {"select_on": "validation"}:
+            why = "it was trained with --select-on validation: what selects is what is reported"
+        case {"load_model_path": str()}:
+            why = "it was transformed, and its source may have been trained on any example"
+        case {
+            "seed": int(seed),
+            "max_eval_samples": int(most),
+            "data": {"selection": {"fingerprint": str(recorded)}},
+        }:
+            selection = split_task(loaded, seed, max_selection=most).selection
+            if fingerprint(selection) == recorded:
+                return selection
+            why = "the training data is no longer that of the run, by its args.json"
+        case _:
+            why = "no args.json of train_glue.py says which examples were held out"
+    raise UserError(f"--search, task '{task}': {checkpoint.path}: {why}; give --scale instead")
+
+
+class Rescaled(Mapping[str, Tensor]):
+    """λ times an update, computed one module at a time."""
+
+    def __init__(self, update: Mapping[str, Tensor], scale: float) -> None:
+        self.update, self.scale = update, scale
+
+    def __getitem__(self, module: str) -> Tensor:
+        return self.scale * self.update[module]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.update)
+
+    def __len__(self) -> int:
+        return len(self.update)
+
+
+def search_scales(
+    candidates: Iterable[float],
+    evaluation: Evaluation,
+    inputs: Inputs,
+    merged: Path,
+    methods: Iterable[str],
+) -> dict[str, Search]:
+    """The λ of each method that has one, chosen by the average score on held-out data.
+
+    Args:
+        merged: has each method's updates with λ = 1; they are linear in λ, so this one is enough.
+    """
+    grid = sorted(set(candidates))
+    scaled = [method for method in methods if "scale" in METHODS[method].knobs]
+    scores = {
+        task: held_out_scores(evaluation, task, checkpoint.head, merged, scaled, grid)
+        for task, checkpoint in inputs.checkpoints.items()
+    }
+    search = {
+        method: choose_scale(grid, {task: found[method] for task, found in scores.items()})
+        for method in scaled
+    }
+    for method, found in search.items():
+        logger.info("%s: λ = %g is the best of %s on held-out data", method, found["best"], grid)
+    return search
+
+
+def held_out_scores(
+    evaluation: Evaluation,
+    task: str,
+    head: Mapping[str, Tensor],
+    merged: Path,
+    methods: list[str],
+    grid: list[float],
+) -> dict[str, list[float]]:
+    """{method: one task's score with each λ}; one model is lent all the updates."""
+    model = evaluation.model(task)
+    load_head(model, head)
+    scores: dict[str, list[float]] = {method: [] for method in methods}
+    for method in methods:
+        update = MergedUpdate(merged / method, task)
+        for scale in grid:
+            with applied(model, Rescaled(update, scale)):
+                title = f"{task}: {method}, λ = {scale:g}"
+                metrics = evaluation.score(model, task, evaluation.held_out, title)
+            scores[method].append(metrics[f"eval_{TASKS[task].score}"])
+    return scores
+
+
+def choose_scale(grid: list[float], scores: dict[str, list[float]]) -> Search:
+    """The λ with the best average over the tasks, the smallest of those."""
+    average = [mean(each) for each in zip(*scores.values())]
+    # Rounded: averages that are equal as fractions may differ in their last bit.
+    _, best = max(zip(average, grid), key=lambda each: (round(each[0], 12), -each[1]))
+    return {
+        "chosen_on": "held-out data",
+        "grid": grid,
+        "scores": scores,
+        "average": average,
+        "best": best,
+    }
 
 
 def evaluate_all(
@@ -294,12 +457,7 @@ def evaluate_all(
             else:
                 update = own if row == "individual" else {}
             with applied(model, update):
-                scores[row][name] = evaluate(
-                    model,
-                    TASKS[name],
-                    evaluation.data[name],
-                    evaluation.tokenizer,
-                    evaluation.settings[name]["batch_size"],
-                    f"{name}: {row}",
+                scores[row][name] = evaluation.score(
+                    model, name, evaluation.reported, f"{name}: {row}"
                 )
     return scores

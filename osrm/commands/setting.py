@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import set_seed
 from transformers.integrations import get_available_reporting_integrations
 
-from osrm.adapters import add_lora, applied, load_head, read_adapter, save_adapter
+from osrm.adapters import (
+    add_lora,
+    applied,
+    linear_weight,
+    load_head,
+    read_adapter,
+    save_adapter,
+)
 from osrm.backbones import (
     Backbone,
     body_fingerprint,
@@ -26,8 +35,9 @@ from osrm.checkpoints import named_directories
 from osrm.config import TrainConfig, derive_seed, per_task
 from osrm.errors import UserError
 from osrm.evaluation import evaluate
-from osrm.features import FeatureFile, task_features
+from osrm.features import FeatureFile, check_comparable, read_bank, starts, task_features
 from osrm.glue import (
+    TASKS,
     GlueTask,
     TaskData,
     available_tasks,
@@ -42,6 +52,7 @@ from osrm.runs import (
     METRICS,
     args_record,
     model_card,
+    needs_features,
     publish,
     run_dir,
     staged,
@@ -59,7 +70,9 @@ class Plan:
     config: TrainConfig
     backbone: Backbone
     tasks: list[GlueTask]
-    others: list[GlueTask]
+    others: list[str]
+    """The tasks that A avoids, with data or in the bank."""
+    bank: dict[str, FeatureFile]
     epochs: dict[str, int]
     lrs: dict[str, float]
     sources: dict[str, Path]
@@ -98,11 +111,6 @@ class Setting:
         return evaluate(model, task, data.validation, self.tokenizer, batch_size)
 
 
-def needs_features(config: TrainConfig) -> bool:
-    """Only OSRM looks at features; PEFT's gaussian start costs no pass over the data."""
-    return config.init == "analytical"
-
-
 def make_plan(config: TrainConfig) -> Plan:
     """Read every file that the flags name, and refuse what cannot work.
 
@@ -113,13 +121,15 @@ def make_plan(config: TrainConfig) -> Plan:
     config = replace(config, data_dir=config.data_dir or backbone.data_dir)
     available = available_tasks(config.data_dir)
     tasks = find_tasks(config.tasks or available, "--tasks")
-    others = find_tasks(config.other_tasks or available, "--other-tasks")
+    bank = read_bank(Path(config.feature_bank)) if config.feature_bank else {}
+    others = list(dict.fromkeys(config.other_tasks or [*available, *bank]))
+    find_tasks([name for name in others if name not in bank], "--other-tasks")
     names = [task.name for task in tasks]
     if not tasks:
         raise UserError(f"--data-dir {config.data_dir}: no folder in it is named after a GLUE task")
-    if needs_features(config) and any({*others} <= {task} for task in tasks):
+    if needs_features(config) and any({*others} <= {name} for name in names):
         raise UserError(
-            "--init analytical needs features of other tasks to avoid; name some: --other-tasks"
+            f"--init {config.init} needs features of other tasks to avoid; name some: --other-tasks"
         )
     check_loggers(config.report_to)
     epochs, lrs = dict.fromkeys(names, config.epochs), dict.fromkeys(names, config.lr)
@@ -129,12 +139,8 @@ def make_plan(config: TrainConfig) -> Plan:
         lrs = per_task(config.load_lrs, "--load-lrs", names, float)
     sources = {}
     if config.load_model_path:
-        if not needs_features(config):
-            raise UserError(
-                "--load-model-path moves checkpoints into OSRM's subspace: add --init analytical"
-            )
         sources = named_directories(config.load_model_path, names)
-    return Plan(config, backbone, tasks, others, epochs, lrs, sources)
+    return Plan(config, backbone, tasks, others, bank, epochs, lrs, sources)
 
 
 def check_loggers(report_to: str) -> None:
@@ -154,7 +160,8 @@ def load_setting(plan: Plan) -> Setting:
         auto = "float32"
     dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
     tokenizer = load_tokenizer(plan.backbone)
-    needed = plan.tasks + (plan.others if needs_features(config) else [])
+    absent = [name for name in plan.others if name not in plan.bank]
+    others = find_tasks(absent if needs_features(config) else [], "--other-tasks")
     data = {
         task.name: split_task(
             load_task(task, config.data_dir),
@@ -164,25 +171,45 @@ def load_setting(plan: Plan) -> Setting:
             config.max_test_samples,
             config.select_on,
         )
-        for task in dict.fromkeys(needed)
+        for task in dict.fromkeys([*plan.tasks, *others])
     }
     return Setting(plan, tokenizer, device, dtype, data)
 
 
-def collect_features(setting: Setting) -> dict[str, FeatureFile]:
-    """The feature statistics of all tasks that some task is to avoid, cached ones where known."""
+def prepare_starts(
+    setting: Setting, tasks: list[GlueTask]
+) -> tuple[dict[str, FeatureFile], dict[str, dict[str, Tensor]]]:
+    """The feature statistics, if --init looks at them, and {task: {module: A before training}}."""
+    model = setting.new_model(setting.plan.tasks[0])
+    features = collect_features(setting, model) if needs_features(setting.plan.config) else {}
+    return features, start_factors(setting, model, tasks, features)
+
+
+def collect_features(setting: Setting, model: Any) -> dict[str, FeatureFile]:
+    """The feature statistics of all tasks, own and avoided: from the bank, the cache, or new.
+
+    Raises:
+        UserError: a file of the bank that is not comparable with this backbone and these flags.
+    """
     plan, config = setting.plan, setting.plan.config
-    model = setting.new_model(plan.tasks[0])
     modules = projections(model, config.block, config.rank)
     shared = {
-        "backbone": body_fingerprint(model),
+        "backbone": plan.backbone.name,
+        "body_fingerprint": body_fingerprint(model),
         "max_seq_len": config.max_seq_len,
         "features": config.features,
         "count_padding": config.count_padding,
+        "seed": config.seed,
     }
-    found = {}
-    for task in plan.others:
-        train = setting.data[task.name].train
+    wanted = dict.fromkeys([*plan.others, *(task.name for task in plan.tasks)])
+    found = {name: plan.bank[name] for name in wanted if name in plan.bank}
+    for file in found.values():
+        check_comparable(file, shared, modules)
+        logger.info("features of %s: %s", file.path.stem, file.path)
+    for name in wanted:
+        if name in found:
+            continue
+        task, train = TASKS[name], setting.data[name].train
         count = config.max_num_samples if config.max_num_samples > 0 else len(train)
         samples = train.select(range(min(count, len(train))))
         encoded = tokenize(samples, task, setting.tokenizer, config.max_seq_len).sort("length")
@@ -192,9 +219,33 @@ def collect_features(setting: Setting) -> dict[str, FeatureFile]:
             batch_size=config.per_device_eval_bsz,
             collate_fn=collator(setting.tokenizer, pad_to),
         )
-        settings = {**shared, "task": task.name, "data": fingerprint(samples)}
-        found[task.name] = task_features(settings, model, modules, batches)
+        settings = {**shared, "task": name, "samples": len(samples), "data": fingerprint(samples)}
+        path = Path(config.feature_bank) / f"{name}.safetensors" if config.feature_bank else None
+        found[name] = task_features(settings, model, modules, batches, path)
     return found
+
+
+def start_factors(
+    setting: Setting, model: Any, tasks: list[GlueTask], features: Mapping[str, FeatureFile]
+) -> dict[str, dict[str, Tensor]]:
+    """{task: {module: A before training}} from --init."""
+    plan, config = setting.plan, setting.plan.config
+    widths = {
+        name: linear_weight(model, name).shape[1]
+        for name in projections(model, config.block, config.rank)
+    }
+    return starts(
+        config.init,
+        [task.name for task in tasks],
+        widths,
+        config.rank,
+        config.seed,
+        features,
+        next(iter(features.values())).leaders if features else {},
+        plan.others,
+        config.epsilon,
+        config.norm_match,
+    )
 
 
 def with_lora(setting: Setting, task: GlueTask, base: Any) -> PeftModel:
@@ -215,8 +266,8 @@ def run_args(
         task.name,
         epochs=plan.epochs[task.name],
         lr=plan.lrs[task.name],
-        other_tasks=[name for name in features if name != task.name],
-        feature_files={name: file.path.name for name, file in features.items()},
+        other_tasks=[name for name in plan.others if name != task.name] if features else [],
+        feature_files={name: file.sha256 for name, file in features.items()},
         base_model=plan.backbone.path,
         num_labels=task.num_labels,
         body_fingerprint=body_fingerprint(base),

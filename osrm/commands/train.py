@@ -1,4 +1,4 @@
-"""Journey 1: one LoRA adapter and head a task, from PEFT's or OSRM's start."""
+"""Journey 1: one LoRA adapter and head a task, from a start of the table."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import logging
 import shutil
 from pathlib import Path
 
+from torch import Tensor
+
 from osrm.adapters import save_adapter, write_factors
 from osrm.commands.setting import (
     Setting,
-    collect_features,
     finish,
     load_setting,
     make_plan,
-    needs_features,
+    prepare_starts,
     run_args,
     with_lora,
 )
 from osrm.commands.transform import read_sources, transform_task
 from osrm.config import TrainConfig, derive_seed
-from osrm.features import FeatureFile, analytical_start
+from osrm.features import FeatureFile
 from osrm.glue import TASKS, GlueTask
 from osrm.runs import (
     CHECKPOINTS,
@@ -50,12 +51,15 @@ def train(config: TrainConfig) -> None:
     if todo:
         setting = load_setting(plan)
         sources = read_sources(setting, todo)
-        features = collect_features(setting) if needs_features(config) else {}
+        features, start = prepare_starts(setting, todo)
+        if config.only_features:
+            logger.info("the features are in %s", config.feature_bank)
+            return
         for task in todo:
             if sources:
-                transform_task(setting, task, features, sources[task.name])
+                transform_task(setting, task, features, start[task.name], sources[task.name])
             else:
-                train_task(setting, task, features)
+                train_task(setting, task, features, start[task.name])
     path = Path(config.output_dir) / f"load_model_path-{run_name(config)}.json"
     directories = {name: run_dir(config, name) for name in TASKS}
     finished = {name: str(at) for name, at in directories.items() if (at / METRICS).exists()}
@@ -63,15 +67,19 @@ def train(config: TrainConfig) -> None:
     logger.info("merge them with: python merge.py --load-model-path %s", path)
 
 
-def train_task(setting: Setting, task: GlueTask, features: dict[str, FeatureFile]) -> None:
+def train_task(
+    setting: Setting,
+    task: GlueTask,
+    features: dict[str, FeatureFile],
+    start: dict[str, Tensor],
+) -> None:
     """Train one task's adapter and head, score it, and leave it all in its run directory."""
     plan, config = setting.plan, setting.plan.config
     directory = run_dir(config, task.name)
     base = setting.new_model(task)
     args = run_args(setting, task, base, features)
     model = with_lora(setting, task, base)
-    if features:
-        write_factors(model, analytical_start(task.name, features, config.rank, config.seed))
+    write_factors(model, start)
     write_args(directory, args)
     if not (directory / "init_model").exists():
         with staged(directory / "init_model") as staging:

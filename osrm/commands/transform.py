@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from osrm.adapters import applied, load_head, write_factors, write_head
 from osrm.backbones import projections
 from osrm.checkpoints import Checkpoint, check_fits, check_task, read_checkpoint
 from osrm.commands.setting import Setting, finish, run_args, with_lora
 from osrm.errors import UserError
-from osrm.features import FeatureFile, analytical_start
+from osrm.features import FeatureFile
 from osrm.glue import GlueTask
 from osrm.runs import run_dir, write_args
 from osrm.task_vectors import LoraPair, dense
@@ -45,7 +47,11 @@ def read_sources(setting: Setting, tasks: list[GlueTask]) -> dict[str, Checkpoin
 
 
 def transform_task(
-    setting: Setting, task: GlueTask, features: dict[str, FeatureFile], checkpoint: Checkpoint
+    setting: Setting,
+    task: GlueTask,
+    features: dict[str, FeatureFile],
+    start: dict[str, Tensor],
+    checkpoint: Checkpoint,
 ) -> None:
     """Move one checkpoint's update into OSRM's subspace: A is kept, B = ΔW A⁺ / scaling.
 
@@ -53,7 +59,6 @@ def transform_task(
     directions can hold is written into metrics.json, with the scores before and after.
     """
     config = setting.plan.config
-    start = analytical_start(task.name, features, config.rank, config.seed)
     base = setting.new_model(task)
     data = setting.tokenized(task)
     load_head(base, checkpoint.head)

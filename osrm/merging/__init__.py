@@ -22,7 +22,11 @@ class Method:
 
     name: str
     kernel: Callable[..., Updates]
-    """`kernel(updates, **knobs)`: float32 updates in; out, the update that each task receives."""
+    """`kernel(updates, **knobs)`: float32 updates in; out, the update that each task receives.
+
+    A knob named `scale` is λ, and the result is linear in it: λ times that of scale = 1. The
+    search for λ relies on this.
+    """
     paper: str
 
     @property

@@ -1,0 +1,302 @@
+"""merge.py --search: λ from data that is neither trained on nor reported."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from osrm import load_merged
+from osrm.adapters import adapted_modules, add_lora, save_adapter, write_factors
+from osrm.backbones import find_backbone, load_tokenizer, projections
+from osrm.commands import merge as command
+from osrm.commands.merge import choose_scale, run
+from osrm.config import MergeConfig, parse
+from osrm.errors import UserError
+from osrm.evaluation import evaluate
+from osrm.glue import TASKS, fingerprint, load_task, split_task, tokenize
+from osrm.merged import MergedUpdate
+from osrm.merging import METHODS, merge
+from tests.conftest import write_data
+
+NAMES = ["rte", "sst2", "stsb"]
+GRID = [0.3, 0.05, 1.0, 0.7]
+SCALED = [name for name, method in METHODS.items() if "scale" in method.knobs]
+SEED, HELD_OUT = 7, 25
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), NAMES, train=300, validation=40)
+
+
+@pytest.fixture(scope="module")
+def made(tiny, data_dir, tmp_path_factory) -> dict[str, Path]:
+    """Run directories as train_glue.py leaves them, with random adapters and heads."""
+    folder = tmp_path_factory.mktemp("made")
+    for i, task in enumerate(NAMES):
+        torch.manual_seed(i)
+        base = AutoModelForSequenceClassification.from_pretrained(
+            tiny["roberta"], num_labels=TASKS[task].num_labels
+        )
+        model = add_lora(base, projections(base, "qv", 2), 2, 4)
+        sizes = dict.fromkeys(adapted_modules(model), (2, 32))
+        write_factors(
+            model,
+            {name: torch.randn(size) for name, size in sizes.items()},
+            {name: torch.randn(size).T for name, size in sizes.items()},
+        )
+        save_adapter(model, folder / task)
+        settings = {
+            "task": task,
+            "backbone": str(tiny["roberta"]),
+            "init": "gaussian",
+            "load_model_path": None,
+            "seed": SEED,
+            "data_dir": str(data_dir),
+            "max_train_samples": 100,
+            "max_eval_samples": HELD_OUT,
+            "select_on": "held-out",
+            "max_seq_len": 32,
+            "data": {"selection": {"fingerprint": fingerprint(held_out(task, data_dir))}},
+        }
+        (folder / task / "args.json").write_text(json.dumps(settings))
+    return {task: folder / task for task in NAMES}
+
+
+@pytest.fixture
+def runs(made, tmp_path) -> dict[str, Path]:
+    """A copy to damage."""
+    return {task: shutil.copytree(path, tmp_path / task) for task, path in made.items()}
+
+
+def held_out(task: str, data_dir: Path):
+    return split_task(load_task(TASKS[task], str(data_dir)), SEED, 100, HELD_OUT).selection
+
+
+def merged(paths, out: Path, **options) -> dict:
+    """Run merge.py; what results.json says."""
+    file = out.parent / "load_model_path.json"
+    file.write_text(json.dumps({task: str(path) for task, path in paths.items()}))
+    run(MergeConfig(load_model_path=str(file), output_dir=str(out), **options))
+    path = out / "results.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def edit_args(run: Path, **changes) -> None:
+    path = run / "args.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# -- the choice --------------------------------------------------------------------------------
+
+
+def test_the_choice_is_that_of_merging_with_every_scale_and_scoring_by_hand(
+    made, data_dir, tiny, tmp_path
+):
+    results = merged(made, tmp_path / "found", search=GRID)
+    assert [*results["search"]] == SCALED
+    tokenizer = load_tokenizer(find_backbone(str(tiny["roberta"])))
+    by_hand: dict[str, dict[str, list[float]]] = {
+        method: {task: [] for task in NAMES} for method in SCALED
+    }
+    for scale in sorted(GRID):
+        out = tmp_path / f"{scale}"
+        merged(made, out, methods=SCALED, scale=scale, no_eval=True)
+        for method in SCALED:
+            for task in NAMES:
+                data = {"": tokenize(held_out(task, data_dir), TASKS[task], tokenizer, 32)}
+                model = load_merged(out / method, task)
+                scores = evaluate(model, TASKS[task], data, tokenizer, 64)
+                assert scores["eval_samples"] == HELD_OUT
+                by_hand[method][task].append(scores[f"eval_{TASKS[task].score}"])
+    for method, found in results["search"].items():
+        average = [sum(each) / 3 for each in zip(*by_hand[method].values())]
+        assert len({round(each, 6) for each in average}) > 1, "nothing to choose"
+        assert found["grid"] == sorted(GRID)
+        assert found["scores"] == by_hand[method]
+        assert found["average"] == pytest.approx(average)
+        assert found["best"] == sorted(GRID)[average.index(max(average))]
+
+
+def test_what_is_saved_and_reported_has_the_chosen_scale(made, tmp_path):
+    results = merged(made, tmp_path / "out", search=[0.3, 0.05, 0.7])
+    rows = {row["name"]: row for row in results["rows"]}
+    assert {each["held_out_examples"] for each in results["evaluation"].values()} == {HELD_OUT}
+    for method in METHODS:
+        recipe = json.loads((tmp_path / "out" / method / "recipe.json").read_text())
+        assert recipe["knobs"] == rows[method]["knobs"]
+        assert recipe.get("search") == results["search"].get(method)
+    for method, found in results["search"].items():
+        assert found["chosen_on"] == "held-out data"
+        assert rows[method]["knobs"]["scale"] == found["best"]
+        again = tmp_path / method
+        expected = merged(made, again, methods=[method], scale=found["best"])
+        assert expected["search"] == {} and not (again / "search.png").exists()
+        assert expected["rows"][-1]["scores"] == rows[method]["scores"]
+        for task in NAMES:
+            one = MergedUpdate(tmp_path / "out" / method, task)
+            two = MergedUpdate(again / method, task)
+            assert all(torch.equal(one[module], two[module]) for module in two)
+    assert (tmp_path / "out" / "search.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.rglob(".*"))
+    merged(made, tmp_path / "out", search=[0.5], overwrite=True)  # that plot is ours
+
+
+def test_the_reported_examples_are_scored_once_a_row_and_choose_nothing(
+    made, data_dir, tmp_path, monkeypatch
+):
+    scored = []
+
+    def counting(model, task, splits, *rest):
+        scored.append(len(splits[""]))
+        return evaluate(model, task, splits, *rest)
+
+    monkeypatch.setattr(command, "evaluate", counting)
+    before = merged(made, tmp_path / "before", search=GRID)
+    assert scored.count(40) == len(NAMES) * len(before["rows"])
+    assert scored.count(HELD_OUT) == len(NAMES) * len(GRID) * len(SCALED)
+    other = shutil.copytree(data_dir, tmp_path / "data")
+    for task in NAMES:
+        path = other / task / "validation.jsonl"
+        examples = [json.loads(line) for line in path.read_text().splitlines()]
+        labels = [each["label"] for each in examples]
+        random.Random(0).shuffle(labels)
+        lines = [json.dumps(each | {"label": label}) for each, label in zip(examples, labels)]
+        path.write_text("\n".join(lines))
+    after = merged(made, tmp_path / "after", search=GRID, data_dir=str(other))
+    assert after["rows"][0]["scores"] != before["rows"][0]["scores"]
+    assert after["search"] == before["search"]
+
+
+def test_one_model_a_task_is_loaded_for_the_whole_search(made, tmp_path, monkeypatch):
+    loaded = []
+    original = command.load_model
+
+    def counting(*args):
+        loaded.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(command, "load_model", counting)
+    merged(made, tmp_path / "out", search=GRID)
+    assert len(loaded) == 3 * len(NAMES)  # to check that all fits, to search, to report
+
+
+def test_a_tie_goes_to_the_smaller_scale():
+    grid = [0.1, 0.3, 0.5, 1.0]
+    # 0.1 + 0.7 and 0.3 + 0.5 differ in the last bit.
+    found = choose_scale(grid, {"rte": [0.0, 0.1, 0.3, 0.1], "sst2": [0.0, 0.7, 0.5, 0.2]})
+    assert found["best"] == 0.3
+    assert choose_scale(grid, {"rte": [0.5] * 4})["best"] == 0.1
+    assert choose_scale(grid, {"rte": [-0.5, -0.2, -0.1, -0.3]})["best"] == 0.5
+
+
+def test_a_scale_given_twice_is_tried_once(made, tmp_path):
+    found = merged(made, tmp_path / "out", search=[1, 0.5, 1.0], methods=["ties", "average"])
+    assert [*found["search"]] == ["ties"] and found["search"]["ties"]["grid"] == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_with_a_scale_is_linear_in_it(name):
+    """The search rescales what was merged with λ = 1; it must be what another λ gives."""
+    rng = torch.Generator().manual_seed(0)
+    updates = {f"layer.{i}": torch.randn(3, 4, 5, generator=rng) for i in range(3)}
+    if "scale" not in METHODS[name].knobs:
+        with pytest.raises(UserError, match="scale"):
+            merge(name, updates, scale=1.0)
+        return
+    one = merge(name, updates, scale=1.0)
+    for scale in (0.3, 1.7, 1e-3):
+        other = merge(name, updates, scale=scale)
+        for module in updates:
+            torch.testing.assert_close(other[module], scale * one[module], rtol=1e-6, atol=0)
+
+
+# -- refusals ----------------------------------------------------------------------------------
+
+
+def select_on_validation(runs, data):
+    edit_args(runs["sst2"], select_on="validation")
+
+
+def without_args(runs, data):
+    (runs["sst2"] / "args.json").unlink()
+
+
+def of_another_version(runs, data):
+    edit_args(runs["sst2"], data={})
+
+
+def transformed(runs, data):
+    edit_args(runs["sst2"], load_model_path="somewhere.json")
+
+
+def another_seed(runs, data):
+    edit_args(runs["sst2"], seed=SEED + 1)
+
+
+def another_data_set(runs, data):
+    path = data / "sst2" / "train.jsonl"
+    path.write_text(path.read_text().replace("good", "bad"))
+
+
+@pytest.mark.parametrize(
+    "damage, why",
+    [
+        (select_on_validation, "--select-on validation"),
+        (without_args, "no args.json of train_glue.py"),
+        (of_another_version, "no args.json of train_glue.py"),
+        (transformed, "transformed"),
+        (another_seed, "no longer that of the run"),
+        (another_data_set, "no longer that of the run"),
+    ],
+)
+def test_runs_without_known_held_out_data(runs, data_dir, tmp_path, monkeypatch, damage, why):
+    def no_work(*_):
+        raise AssertionError("it merged or scored before it refused")
+
+    monkeypatch.setattr(command, "merge", no_work)
+    monkeypatch.setattr(command, "evaluate", no_work)
+    data = shutil.copytree(data_dir, tmp_path / "data")
+    damage(runs, data)
+    with pytest.raises(UserError, match=why) as caught:
+        merged(runs, tmp_path / "out", search=GRID, data_dir=str(data))
+    message = str(caught.value)
+    assert message.startswith(f"--search, task 'sst2': {runs['sst2']}: ")
+    assert message.endswith("; give --scale instead") and "\n" not in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_without_a_scale(made, tmp_path):
+    with pytest.raises(UserError, match=r"--search: none of average, emr has the knob 'scale'"):
+        merged(made, tmp_path / "out", search=GRID, methods=["average", "emr"])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--search 0.5 --scale 0.3", ["--search", "--scale", "one of them"]),
+        ("--search 0.5 --no-eval", ["--search", "--no-eval", "one of them"]),
+        ("--search 0.5 --scale 1 --no-eval", ["--scale", "--no-eval"]),
+        ("--search 0.5 0 nan 1 inf -2", ["--search 0 nan inf -2:", "finite", "above 0"]),
+        ("--search 0 --max-test-samples 0", ["--search 0:", "--max-test-samples 0"]),
+        ("--search 0 --per-device-eval-bsz 0", ["--search 0:", "--per-device-eval-bsz 0"]),
+    ],
+)
+def test_flags(flags, words):
+    with pytest.raises(UserError) as caught:
+        parse(MergeConfig, None, flags.split())
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_the_grid_is_a_list_of_numbers(capsys):
+    assert parse(MergeConfig, None, ["--search", "0.1", "1", "2e-1"]).search == [0.1, 1.0, 0.2]
+    assert parse(MergeConfig, None, []).search == []
+    for wrong in (["--search"], ["--search", "much"]):
+        with pytest.raises(SystemExit):
+            parse(MergeConfig, None, wrong)
+        assert "--search" in capsys.readouterr().err
