@@ -11,22 +11,25 @@ so that A h ≈ 0 for their features h (the rows of H) before a single step is t
     task_vectors                     updates as values
     glue, backbones, embedded        tasks, models, and what comes along for both
     features, adapters, training, evaluation
+    plugin                           OSRM's start for any PeftModel
     config, runs, checkpoints, merged, report, commands
 """
 
+from importlib import import_module
 from typing import Any
 
-__all__ = ["load_merged", "merge"]
+_PUBLIC = {
+    "collect_osrm_features": "osrm.plugin",
+    "get_osrm_state_dict": "osrm.plugin",
+    "initialize_lora_osrm_weights": "osrm.plugin",
+    "load_merged": "osrm.merged",
+    "merge": "osrm.merging",
+}
+__all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
     # Late, so that `train_glue.py --help` need not wait for torch and transformers.
-    if name == "load_merged":
-        from osrm.merged import load_merged
-
-        return load_merged
-    if name == "merge":
-        from osrm.merging import merge
-
-        return merge
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'osrm' has no attribute '{name}'")

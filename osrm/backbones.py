@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from osrm import embedded
@@ -140,8 +140,13 @@ def head_names(model: Any) -> list[str]:
 
 def body_fingerprint(model: Any) -> str:
     """A hash of the pre-trained body (shapes and a sample of every tensor), not of the head."""
+    return fingerprint_tensors(model.base_model.state_dict())
+
+
+def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of the names, shapes, precisions, and a sample of every tensor."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.base_model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -100,7 +100,7 @@ class TrainConfig:
     )
     epsilon: float = flag(
         EPSILON,
-        "contrastive: what counts as little energy, relative to the others' mean eigenvalue",
+        "contrastive and nullify: what counts as little energy, relative to the mean eigenvalue",
     )
     norm_match: float | None = flag(None, "rescale every row of A's start to this norm", type=float)
     features: str = flag(
@@ -125,8 +125,18 @@ class TrainConfig:
     block: str = flag("qv", "the adapted projections: letters of q, k and v")
     load_model_path: str | None = flag(
         None,
-        "JSON {task: directory}: move these checkpoints into OSRM's subspace, instead of training",
+        "JSON {task: directory}: move these checkpoints out of the other tasks' way, instead of"
+        " training",
         metavar="FILE",
+    )
+    transform: str = flag(
+        "nullify",
+        "how: nullify filters A so that the update stays on own features and vanishes on the"
+        " others'; project (the paper's) keeps the A of --init and fits B",
+        choices=("nullify", "project"),
+    )
+    kappa: float = flag(
+        1.0, "nullify: weight of the other tasks' features against the own", least=0
     )
     epochs: int = flag(10, "epochs of every task", least=1)
     load_epochs: str | None = flag(None, "JSON {task: epochs}, instead of --epochs", metavar="FILE")
@@ -223,6 +233,9 @@ class MergeConfig:
     density: float | None = flag(
         None, "share of the entries that TIES keeps, instead of --hparams'", type=float
     )
+    diagnose: bool = flag(
+        False, "measure how far adapters and merges shift each task's outputs: tables and plots"
+    )
     output_dir: str = flag(".save_dir/merged", "the merged models and results go here")
     overwrite: bool = flag(False, "replace an output directory of an earlier merge")
     no_eval: bool = flag(False, "merge and save only; then any task names will do")
@@ -243,6 +256,8 @@ class MergeConfig:
             problems.append(f"--search {' '.join(wrong)}: expected finite numbers above 0")
         if self.search and self.scale is not None:
             problems.append("--search and --scale: both choose λ; give one of them")
+        if self.diagnose and self.no_eval:
+            problems.append("--diagnose needs the data that --no-eval leaves out; choose one")
         if self.search and self.no_eval:
             problems.append("--search and --no-eval: a search evaluates; give one of them")
         if problems:

@@ -10,11 +10,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from osrm.interference import Diagnosis, others, own
-from osrm.report import COLOURS
+from osrm.report import COLOURS, save
 
 
 def tables(diagnosis: Diagnosis) -> str:
@@ -90,7 +89,7 @@ def heat_map(diagnosis: Diagnosis, path: Path) -> None:
     axes.set_xlabel("data of")
     axes.set_ylabel("adapter of")
     figure.colorbar(image, label="relative shift (× 100)")
-    _save(figure, path)
+    save(figure, path)
 
 
 def layer_plot(diagnosis: Diagnosis, path: Path) -> None:
@@ -122,14 +121,7 @@ def layer_plot(diagnosis: Diagnosis, path: Path) -> None:
         ncols=len(projections),
         loc="outside upper right",
     )
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=150, format="png")
-    temporary.replace(path)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _cells(values: Sequence[Tensor] | Tensor, factor: float = 1) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -87,6 +88,9 @@ def collect(
 ) -> tuple[dict[str, Moment], dict[str, str]]:
     """The statistic of every distinct input of `modules`, in one pass over the batches.
 
+    If torch.distributed has started, of the batches of all processes together: each must call
+    this with its own share, and each gets the same result.
+
     Args:
         batches: keyword arguments of the model, or its one argument.
         features: "token", "sample" (one mean an example), or "mean" (their mean: one vector).
@@ -96,9 +100,9 @@ def collect(
         ({leader: statistic}, {module: leader}), as in `recorded_inputs`.
 
     Raises:
-        ValueError: a module never ran.
+        ValueError: a module never ran, there was no batch, or an input is not finite.
     """
-    totals: dict[str, Any] = {}
+    totals: dict[str, Moment] = {}
     training = model.training
     device = next(model.parameters()).device
     model.eval()
@@ -106,28 +110,75 @@ def collect(
         with recorded_inputs(model, modules) as (inputs, leaders):
             for batch in batches:
                 if isinstance(batch, Mapping):
-                    batch = {name: value.to(device) for name, value in batch.items()}
+                    batch = {
+                        name: value.to(device) if isinstance(value, Tensor) else value
+                        for name, value in batch.items()
+                    }
                     model(**batch)
                 else:
                     model(batch.to(device))
                 for name, tensor in inputs.items():
                     mask = None if count_padding else token_mask(batch, tensor)
                     rows = pool(tensor, mask, features)
-                    statistic = (
-                        torch.cat([rows.double(), torch.ones_like(rows[:, :1])], 1).sum(0)
-                        if features == "mean"
-                        else Moment.of(rows)
-                    )
+                    if features == "mean":  # E[(h, 1) (h, 1)ᵀ] has the mean in its last column
+                        rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
+                    statistic = Moment.of(rows)
                     totals[name] = totals[name] + statistic if name in totals else statistic
                 inputs.clear()
     finally:
         model.train(training)
+    totals, leaders = over_processes(totals, leaders, device)
+    if not leaders:
+        raise ValueError("there was no batch")
     idle = [name for name in modules if name not in leaders]
     if idle:
         raise ValueError(f"{len(idle)} layers never ran ({', '.join(idle[:3])})")
-    if features == "mean":  # the last number is the count of samples
-        totals = {name: Moment.of(total[None, :-1] / total[-1]) for name, total in totals.items()}
+    broken = [name for name, total in totals.items() if not total.data.isfinite().all()]
+    if broken:
+        raise ValueError(f"NaN or infinity enters {len(broken)} layers ({', '.join(broken[:3])})")
+    if features == "mean":
+        totals = {name: Moment.of(_last_column(total)[:, :-1]) for name, total in totals.items()}
     return totals, leaders
+
+
+def _last_column(total: Moment) -> Float[Tensor, "1 d"]:
+    unit = total.data.new_zeros(total.data.shape[1], 1)
+    unit[-1] = 1
+    return total.times(unit).T
+
+
+def over_processes(
+    totals: Mapping[str, Moment], leaders: Mapping[str, str], device: torch.device
+) -> tuple[dict[str, Moment], dict[str, str]]:
+    """The statistics of all processes' vectors together, if torch.distributed has started.
+
+    A process may lack some of them, or all. Few vectors are gathered, in the order of the
+    processes; sums are added on `device`, which the process group must be able to reach.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return dict(totals), dict(leaders)
+    sizes = {name: (total.count, total.data.shape[1]) for name, total in totals.items()}
+    known = _gathered((dict(leaders), sizes))
+    merged = {module: leader for each, _ in known for module, leader in each.items()}
+    result = {}
+    for name in dict.fromkeys(merged.values()):
+        parts = [sizes[name] for _, sizes in known if name in sizes]
+        count, d = sum(vectors for vectors, _ in parts), parts[0][1]
+        own = totals.get(name) or Moment.of(torch.zeros(0, d, device=device))
+        if count < d:
+            data = torch.cat(_gathered(own.data.cpu()))
+        else:
+            data = own.gram
+            dist.all_reduce(data)
+        result[name] = Moment(count, data)
+    return result, merged
+
+
+def _gathered(part: Any) -> list[Any]:
+    """The `part` of every process, in their order."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return parts
 
 
 def token_mask(batch: Any, inputs: Tensor) -> Tensor | None:
@@ -141,7 +192,7 @@ def token_mask(batch: Any, inputs: Tensor) -> Tensor | None:
     )
     fits = (mask for mask in masks if mask is not None and mask.shape == inputs.shape[:-1])
     mask = next(fits, None)
-    return None if mask is None else mask.bool()
+    return None if mask is None else mask.to(inputs.device, torch.bool)
 
 
 class FeatureFile(Mapping[str, Moment]):
@@ -149,7 +200,7 @@ class FeatureFile(Mapping[str, Moment]):
 
     One safetensors file: a tensor for each distinct input (see `Moment.data`), and a header in
     JSON: "settings" (what the statistics depend on), "leaders" {module: tensor}, "counts"
-    {tensor: vectors}, and "sha256" of the tensors. It holds no text of the task.
+    {tensor: vectors}, and "sha256" of all that and the tensors. It holds no text of the task.
     """
 
     def __init__(self, path: Path) -> None:
@@ -161,8 +212,8 @@ class FeatureFile(Mapping[str, Moment]):
                 self.settings: dict[str, Any] = dict(header["settings"])
                 self.leaders: dict[str, str] = dict(header["leaders"])
                 self.counts: dict[str, int] = dict(header["counts"])
-                self.sha256: str = header["sha256"]
-                if _checksum(file.keys(), file.get_tensor) != self.sha256:
+                self.sha256: str = header.pop("sha256")
+                if _checksum(header, file.keys(), file.get_tensor) != self.sha256:
                     raise ValueError("its checksum differs")
                 for name in self.leaders.values():
                     _check_moment(self.counts[name], file.get_tensor(name))
@@ -182,8 +233,8 @@ class FeatureFile(Mapping[str, Moment]):
             "settings": dict(settings),
             "leaders": dict(leaders),
             "counts": {name: total.count for name, total in totals.items()},
-            "sha256": _checksum(tensors, tensors.__getitem__),
         }
+        header["sha256"] = _checksum(header, tensors, tensors.__getitem__)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         # One entry: safetensors writes several in no fixed order.
@@ -212,9 +263,11 @@ def _check_moment(count: int, data: Tensor) -> None:
         raise ValueError("it holds NaN or infinity")
 
 
-def _checksum(names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:
-    """sha256 of the tensors in the order of their names, one in memory at a time."""
-    digest = hashlib.sha256()
+def _checksum(
+    header: Mapping[str, Any], names: Iterable[str], tensor: Callable[[str], Tensor]
+) -> str:
+    """sha256 of header and tensors in the order of their names, one in memory at a time."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(names):
         digest.update(name.encode())
         digest.update(tensor(name).numpy().tobytes())
@@ -259,8 +312,10 @@ def read_bank(directory: Path) -> dict[str, FeatureFile]:
     """{task: statistics} of a folder of <task>.safetensors files; it need not exist yet.
 
     Raises:
-        UserError: a file that is damaged, or no such file.
+        UserError: it is no folder; a file in it is damaged, or none of ours.
     """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--feature-bank {directory}: no folder; name one, there already or not")
     found = {}
     for path in sorted(directory.glob("*.safetensors")):
         try:
@@ -297,7 +352,7 @@ def starts(
     init: str,
     tasks: Sequence[str],
     widths: Mapping[str, int],
-    rank: int,
+    rank: int | Mapping[str, int],
     seed: int,
     features: Mapping[str, Mapping[str, Moment]],
     leaders: Mapping[str, str],
@@ -307,27 +362,32 @@ def starts(
 ) -> dict[str, dict[str, Float[Tensor, "rank in"]]]:
     """The A of every module, for each of the tasks, from the start `init`.
 
-    One layer's statistics are in memory at a time. Modules that read one input share one A if
-    the start looks at features; the others have their own, as in PEFT.
+    One layer's statistics are in memory at a time. Modules of one rank that read one input share
+    one A if the start looks at features; the others have their own, as in PEFT.
 
     Args:
         widths: {module: its input features}.
+        rank: of all modules, or {module: rank}.
         features: {task: {module: statistic}} of `tasks` and `others`; empty if not needed.
         leaders: {module: the first module that reads the same input}, as in `recorded_inputs`.
         others: the tasks to avoid; a task never avoids itself.
     """
     found: dict[str, dict[str, Tensor]] = {task: {} for task in tasks}
-    groups: dict[str, list[str]] = {}
+    ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(widths, rank)
+    groups: dict[tuple[str, int], list[str]] = {}
     for module in widths:
-        groups.setdefault(leaders[module] if features else module, []).append(module)
-    for leader, members in groups.items():
-        moments = {task: file[leader] for task, file in features.items()}
+        shared = leaders[module] if features else module
+        groups.setdefault((shared, ranks[module]), []).append(module)
+    for members in groups.values():
+        # The leader itself may be no module of ours: a bank may hold more layers than we adapt.
+        first = members[0]
+        moments = {task: file[first] for task, file in features.items()}
         avoided = {task: moments[task] for task in others if task in moments}
         total = reduce(add, avoided.values()) if avoided else None
         for task in tasks:
             own_others = without(total, avoided, task) if total else None
-            problem = Problem(widths[leader], rank, moments.get(task), own_others, epsilon)
-            generator = torch.Generator().manual_seed(derive_seed(seed, task, "A", leader))
+            problem = Problem(widths[first], ranks[first], moments.get(task), own_others, epsilon)
+            generator = torch.Generator().manual_seed(derive_seed(seed, task, "A", first))
             A = draw(init, problem, generator, norm)
             found[task].update(dict.fromkeys(members, A))
     return found

@@ -94,9 +94,22 @@ def row_title(row: Mapping[str, Any]) -> str:
     return f"{row['name']} ({knobs})" if knobs else str(row["name"])
 
 
+def shared_title(same: Sequence[Mapping[str, Any]]) -> str:
+    """The title of one row of several results, without knobs that differ, as a searched λ may.
+
+    The knobs stand on a line of their own.
+    """
+    knobs = {
+        knob: value
+        for knob, value in same[0]["knobs"].items()
+        if all(row["knobs"].get(knob) == value for row in same)
+    }
+    return row_title({"name": same[0]["name"], "knobs": knobs}).replace(" (", "\n(")
+
+
 def plot(results: Sequence[Results], path: Path) -> None:
     """Bars of the average score: a group for each row, a colour for each start of A."""
-    names = [row_title(row).replace(" (", "\n(") for row in results[0]["rows"]]
+    names = [shared_title(same) for same in zip(*(each["rows"] for each in results))]
     figure, axes = plt.subplots(figsize=(1.6 + 1.5 * len(names), 4), layout="constrained")
     width = 0.8 / len(results)
     for i, each in enumerate(results):

@@ -29,7 +29,8 @@ DEFAULTS = TrainConfig()
 
 def needs_features(config: TrainConfig) -> bool:
     """Only OSRM looks at features; a random start costs no pass over the data."""
-    return STARTS[config.init].needs_features or config.load_model_path is not None
+    asked = config.only_features or config.load_model_path is not None
+    return asked or STARTS[config.init].needs_features
 
 
 def run_name(config: TrainConfig) -> str:
@@ -48,7 +49,9 @@ def run_name(config: TrainConfig) -> str:
     if config.norm_match is not None:
         name += f"-norm{config.norm_match:g}"
     if config.load_model_path:
-        name += "-transformed"
+        name += f"-{config.transform}"
+        if config.transform == "nullify" and config.kappa != DEFAULTS.kappa:
+            name += f"{config.kappa:g}"
     return name
 
 

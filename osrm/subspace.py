@@ -72,6 +72,9 @@ def _pencil_top(
     and a Rayleigh-Ritz step on the whole basis (Golub and Van Loan, 4th ed., Sec. 10.1 and 10.3),
     until the top `rank` values stand still; a basis of the whole space is exact in any case. The
     only cost of order d³ is one Cholesky factorisation, n × n if there are but n < d vectors.
+
+    Of N = I the small 1/μ are found, not the large μ, since the rounding of a null space's μ would
+    hide all others; of an own moment the small -μ, since it may have no inverse.
     """
     d = others.data.shape[1]
     if not 1 <= rank <= d:
@@ -85,26 +88,27 @@ def _pencil_top(
     solve = others.shifted_inverse(shift)
     block = torch.randn(d, rank + _GUARD, generator=generator, dtype=torch.float64)
     block = block.to(others.data.device)
-    basis = upper = lower = block[:, :0]
-    before = block.new_zeros(rank)
+    basis = left = right = block[:, :0]
+    before = block.new_full((rank,), torch.inf)
     while True:
         block = _orthonormal(block[:, : d - basis.shape[1]], basis)
         basis = torch.cat([basis, block], 1)
         image = own.times(block) if own else block
-        upper = torch.cat([upper, image], 1)
-        lower = torch.cat([lower, others.times(block) + shift * block], 1)
-        values, vectors = _generalised_eigh(basis.T @ upper, basis.T @ lower)
+        shifted = others.times(block) + shift * block
+        left = torch.cat([left, -image if own else shifted], 1)
+        right = torch.cat([right, shifted if own else block], 1)
+        values, vectors = _generalised_eigh(basis.T @ left, basis.T @ right)
         vectors = basis @ vectors
-        # First-order change of each value by rounding: vᵀ (δN - μ δS) v with vᵀ (S + shift) v = 1.
-        size = d * own.mean_energy if own else 1.0
-        noise = d**0.5 * eps * vectors.square().sum(0) * (size + values * trace)
+        # First-order change of each value θ by rounding: vᵀ (δP - θ δQ) v with vᵀ Q v = 1.
+        size, unit = (d * own.mean_energy, trace) if own else (trace, 1.0)
+        noise = d**0.5 * eps * vectors.square().sum(0) * (size + values.abs() * unit)
         change = (values[:rank] - before).abs() - _TOLERANCE * values[:rank].abs()
         if basis.shape[1] == d or (change <= noise[:rank]).all():
             break
         before, block = values[:rank], solve(image)
     border = values[rank - 1]
     tied = (values - border).abs() <= noise
-    fixed, free = vectors[:, (values > border) & ~tied], torch.linalg.qr(vectors[:, tied])[0]
+    fixed, free = vectors[:, (values < border) & ~tied], torch.linalg.qr(vectors[:, tied])[0]
     frame = random_frame(free.shape[1], rank - fixed.shape[1], generator).to(free)
     return torch.linalg.qr(torch.cat([fixed, free @ frame.T], 1))[0].T.contiguous()
 
@@ -117,12 +121,11 @@ def _orthonormal(block: Float[Tensor, "d k"], basis: Float[Tensor, "d n"]) -> Te
 
 
 def _generalised_eigh(
-    upper: Float[Tensor, "n n"], lower: Float[Tensor, "n n"]
+    P: Float[Tensor, "n n"], Q: Float[Tensor, "n n"]
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n n"]]:
-    """N v = μ L v, L positive definite: values descending, and vectors with vᵀ L v = 1."""
-    factor = torch.linalg.cholesky((lower + lower.T) / 2)
-    half = torch.linalg.solve_triangular(factor, (upper + upper.T) / 2, upper=False)
+    """P v = θ Q v, Q positive definite: values ascending, and vectors with vᵀ Q v = 1."""
+    factor = torch.linalg.cholesky((Q + Q.T) / 2)
+    half = torch.linalg.solve_triangular(factor, (P + P.T) / 2, upper=False)
     reduced = torch.linalg.solve_triangular(factor, half.T, upper=False)
     values, vectors = torch.linalg.eigh((reduced + reduced.T) / 2)
-    vectors = torch.linalg.solve_triangular(factor.T, vectors, upper=True)
-    return values.flip(0), vectors.flip(1)
+    return values, torch.linalg.solve_triangular(factor.T, vectors, upper=True)

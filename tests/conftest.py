@@ -11,6 +11,7 @@ from jaxtyping import install_import_hook
 NUMBERS = (
     "moments",
     "subspace",
+    "starts",
     "merging",
     "task_vectors",
     "features",

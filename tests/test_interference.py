@@ -369,14 +369,17 @@ def test_zero_updates_have_no_nan():
     assert found.shifts.cross_over_own == pytest.approx(np.mean(ratios))
 
 
-def test_a_moment_less_than_nothing_shifts_nothing():
+def test_directions_without_energy():
     """A difference of moments leaves rounding of either sign where there was no energy."""
-    moment = Moment(D, -1e-18 * torch.eye(D).double())
-    weight = gaussian(OUT, D, seed=0)
-    moments = {"rte": {"w": Moment(D, torch.eye(D).double())}, "cola": {"w": moment}}
-    updates = {task: {"w": pair(1)} for task in moments}
-    found = diagnose(updates, moments, lambda _: weight)
-    assert found.shifts.overall.isfinite().all()
+    axes = torch.eye(D).double()
+    energies = {"rte": [1.0] * (D - 1) + [-1e-18], "cola": [1.0] * D, "sst2": [2.0] * D}
+    moments = {t: {"w": Moment(D, torch.diag(torch.tensor(each)))} for t, each in energies.items()}
+    updates = {t: {"w": LoraPair(axes[-1:], gaussian(OUT, 1, seed=1), 2.0)} for t in energies}
+    shifts = diagnose(updates, moments, lambda _: gaussian(OUT, D, seed=0)).shifts
+    assert shifts.squared[0, 0, 0] < 0 and shifts.overall[:, 0].eq(0).all()
+    # rte's leaves its own task alone: no ratio. The others shift each other as themselves, and rte
+    # not at all.
+    assert shifts.cross_over_own == pytest.approx(0.5)
 
 
 def test_nothing_to_diagnose_is_refused():

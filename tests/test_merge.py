@@ -258,44 +258,12 @@ def test_the_report_joins_several_merges(runs, tmp_path, monkeypatch, capsys):
         report.main()
 
 
-def test_transforming_moves_the_update_into_the_subspace(runs, tmp_path):
-    """Details 2, 17 and 18: B = ΔW Aᵀ / scaling, with the trained head, before and after scored."""
-    paths = write(tmp_path / "paths.json", directories(runs))
-    options = {**vars(runs), "init": "analytical", "output_dir": str(tmp_path / "moved")}
-    config = TrainConfig(**options | {"load_model_path": paths, "save_merged_model": False})
-    train(config)
-    for task in NAMES:
-        directory = run_dir(config, task)
-        source, source_head, _ = read_adapter(run_dir(runs, task))
-        moved, head, _ = read_adapter(directory)
-        kept = whole = 0.0
-        for name, pair in moved.items():
-            A, delta = pair.A.double(), source[name].delta.double()
-            torch.testing.assert_close(A @ A.T, torch.eye(2).double(), rtol=0, atol=1e-6)
-            torch.testing.assert_close(pair.delta.double(), delta @ A.T @ A, rtol=1e-4, atol=1e-6)
-            kept += float((delta @ A.T @ A).square().sum())
-            whole += float(delta.square().sum())
-        assert all(torch.equal(head[name], source_head[name]) for name in head)
-        metrics = json.loads((directory / "metrics.json").read_text())
-        assert metrics["kept_share_of_update"] == pytest.approx(kept / whole, rel=1e-4)
-        before = json.loads((run_dir(runs, task) / "metrics.json").read_text())
-        score = f"eval_{TASKS[task].score}"
-        assert metrics[f"source_{score}"] == pytest.approx(before[score], abs=1e-4)
-
-
-def test_a_checkpoint_that_is_in_the_subspace_already_comes_through_unchanged(runs, tmp_path):
-    """With A held fixed in training, projecting onto that A loses nothing."""
-    options = {**vars(runs), "init": "analytical", "freeze": "A", "save_merged_model": False}
-    frozen = TrainConfig(**options | {"output_dir": str(tmp_path / "frozen"), "tasks": ["rte"]})
-    train(frozen)
-    paths = write(tmp_path / "paths.json", {"rte": str(run_dir(frozen, "rte"))})
-    moved = TrainConfig(**vars(frozen) | {"load_model_path": paths})
-    train(moved)
-    metrics = json.loads((run_dir(moved, "rte") / "metrics.json").read_text())
-    assert metrics["kept_share_of_update"] == pytest.approx(1, abs=1e-5)
-    source, after = (read_adapter(run_dir(each, "rte"))[0] for each in (frozen, moved))
-    for name in source:
-        torch.testing.assert_close(after[name].delta, source[name].delta, rtol=1e-4, atol=1e-6)
+def test_bars_of_several_starts_are_named_by_the_knobs_that_they_share():
+    one = {"name": "ties", "knobs": {"density": 0.2, "scale": 1.0}}
+    other = {"name": "ties", "knobs": {"density": 0.2, "scale": 0.5}}
+    assert report.shared_title([one, one]) == "ties\n(density 0.2, scale 1)"
+    assert report.shared_title([one, other]) == "ties\n(density 0.2)"
+    assert report.shared_title([one, {"name": "ties", "knobs": {}}]) == "ties"
 
 
 def test_defaults_come_from_the_shipped_files(monkeypatch):

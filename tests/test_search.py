@@ -231,7 +231,7 @@ def of_another_version(runs, data):
 
 
 def transformed(runs, data):
-    edit_args(runs["sst2"], load_model_path="somewhere.json")
+    edit_args(runs["sst2"], source={"held_out": "other examples"})
 
 
 def another_seed(runs, data):

@@ -27,6 +27,7 @@ from osrm.checkpoints import (
     named_directories,
     read_checkpoint,
 )
+from osrm.commands.diagnose import FILES, diagnose_merges
 from osrm.config import MergeConfig, TrainConfig, read_json
 from osrm.errors import UserError
 from osrm.evaluation import evaluate
@@ -95,8 +96,11 @@ def run(config: MergeConfig) -> None:
                 **recipe,
             }
             write_results(staging, results)
-    if evaluation:
-        print((directory / "results.md").read_text(encoding="utf-8"))
+        if evaluation and config.diagnose:
+            diagnose_merges(evaluation, inputs, staging, [*methods])
+    for name in ("results.md", "interference.md"):
+        if (directory / name).exists():
+            print((directory / name).read_text(encoding="utf-8"))
     logger.info("The merged models%s are in %s", " and scores" if evaluation else "", directory)
 
 
@@ -107,7 +111,7 @@ def check_replaceable(directory: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"--output-dir {directory} exists; choose another, or add --overwrite")
-    ours = {"results.json", "results.md", "results.png", "search.png"}
+    ours = {"results.json", "results.md", "results.png", "search.png", *FILES}
     foreign = [
         path.name
         for path in directory.iterdir()
@@ -343,8 +347,10 @@ def held_out_part(task: str, checkpoint: Checkpoint, loaded: Mapping[str, Datase
     match checkpoint.args:
         case {"select_on": "validation"}:
             why = "it was trained with --select-on validation: what selects is what is reported"
-        case {"load_model_path": str()}:
-            why = "it was transformed, and its source may have been trained on any example"
+        case {"source": {"held_out": held_out}, "data": {"selection": {"fingerprint": own}}} if (
+            held_out != own
+        ):
+            why = "it was transformed from a run that may have been trained on these examples"
         case {
             "seed": int(seed),
             "max_eval_samples": int(most),

@@ -127,7 +127,8 @@ def make_plan(config: TrainConfig) -> Plan:
     names = [task.name for task in tasks]
     if not tasks:
         raise UserError(f"--data-dir {config.data_dir}: no folder in it is named after a GLUE task")
-    if needs_features(config) and any({*others} <= {name} for name in names):
+    alone = any({*others} <= {name} for name in names)
+    if needs_features(config) and alone and not config.only_features:
         raise UserError(
             f"--init {config.init} needs features of other tasks to avoid; name some: --other-tasks"
         )
@@ -179,9 +180,12 @@ def load_setting(plan: Plan) -> Setting:
 def prepare_starts(
     setting: Setting, tasks: list[GlueTask]
 ) -> tuple[dict[str, FeatureFile], dict[str, dict[str, Tensor]]]:
-    """The feature statistics, if --init looks at them, and {task: {module: A before training}}."""
+    """The feature statistics, if they are needed, and {task: {module: A before training}}."""
+    config = setting.plan.config
     model = setting.new_model(setting.plan.tasks[0])
-    features = collect_features(setting, model) if needs_features(setting.plan.config) else {}
+    features = collect_features(setting, model) if needs_features(config) else {}
+    if config.only_features or (config.load_model_path and config.transform == "nullify"):
+        return features, {}  # no start is looked at
     return features, start_factors(setting, model, tasks, features)
 
 
@@ -248,16 +252,15 @@ def start_factors(
     )
 
 
-def with_lora(setting: Setting, task: GlueTask, base: Any) -> PeftModel:
-    """`base` with LoRA, A from a seed of the task's own."""
+def with_lora(setting: Setting, task: GlueTask, base: Any, rank: int, alpha: int) -> PeftModel:
+    """`base` with LoRA on the layers of --block."""
     config = setting.plan.config
-    modules = projections(base, config.block, config.rank)
     set_seed(derive_seed(config.seed, task.name, "lora"))
-    return add_lora(base, modules, config.rank, config.alpha, config.freeze)
+    return add_lora(base, projections(base, config.block, rank), rank, alpha, config.freeze)
 
 
 def run_args(
-    setting: Setting, task: GlueTask, base: Any, features: dict[str, FeatureFile]
+    setting: Setting, task: GlueTask, base: Any, features: Mapping[str, FeatureFile]
 ) -> dict[str, Any]:
     """What args.json of one task's run says: every setting."""
     plan, data = setting.plan, setting.data[task.name]

@@ -11,6 +11,7 @@ from torch import Tensor
 from osrm.adapters import save_adapter, write_factors
 from osrm.commands.setting import (
     Setting,
+    collect_features,
     finish,
     load_setting,
     make_plan,
@@ -18,7 +19,7 @@ from osrm.commands.setting import (
     run_args,
     with_lora,
 )
-from osrm.commands.transform import read_sources, transform_task
+from osrm.commands.transform import read_sources, transform
 from osrm.config import TrainConfig, derive_seed
 from osrm.features import FeatureFile
 from osrm.glue import TASKS, GlueTask
@@ -41,6 +42,11 @@ logger = logging.getLogger(__name__)
 def train(config: TrainConfig) -> None:
     """Run train_glue.py: plan, load, take features, then one task after the other."""
     plan = make_plan(config)
+    if config.only_features:
+        setting = load_setting(plan)
+        collect_features(setting, setting.new_model(plan.tasks[0]))
+        logger.info("the features are in %s", config.feature_bank)
+        return
     check_output(Path(config.output_dir))
     todo = [
         task for task in plan.tasks if check_unfinished(run_dir(config, task.name), config.resume)
@@ -50,15 +56,12 @@ def train(config: TrainConfig) -> None:
             logger.info("%s is finished: %s", task.name, run_dir(config, task.name))
     if todo:
         setting = load_setting(plan)
-        sources = read_sources(setting, todo)
-        features, start = prepare_starts(setting, todo)
-        if config.only_features:
-            logger.info("the features are in %s", config.feature_bank)
-            return
-        for task in todo:
-            if sources:
-                transform_task(setting, task, features, start[task.name], sources[task.name])
-            else:
+        sources = read_sources(setting) if config.load_model_path else {}
+        features, start = prepare_starts(setting, plan.tasks if sources else todo)
+        if sources:
+            transform(setting, todo, features, start, sources)
+        else:
+            for task in todo:
                 train_task(setting, task, features, start[task.name])
     path = Path(config.output_dir) / f"load_model_path-{run_name(config)}.json"
     directories = {name: run_dir(config, name) for name in TASKS}
@@ -78,7 +81,7 @@ def train_task(
     directory = run_dir(config, task.name)
     base = setting.new_model(task)
     args = run_args(setting, task, base, features)
-    model = with_lora(setting, task, base)
+    model = with_lora(setting, task, base, config.rank, config.alpha)
     write_factors(model, start)
     write_args(directory, args)
     if not (directory / "init_model").exists():
