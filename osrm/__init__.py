@@ -7,12 +7,12 @@ A where the other tasks' features have no energy,
 
 so that A h ≈ 0 for their features h (the rows of H) before a single step is taken.
 
-    covariance, subspace, merging    the numbers; torch alone
-    task_vectors                     updates as values
-    glue, backbones, embedded        tasks, models, and what comes along for both
+    moments, subspace, starts, transforms, interference, merging    the numbers; torch alone
+    task_vectors                        updates as values
+    glue, backbones, embedded           tasks, models, and what comes along for both
     features, adapters, training, evaluation
-    plugin                           OSRM's start for any PeftModel
-    config, runs, checkpoints, merged, report, commands
+    plugin                              OSRM's start for any PeftModel
+    config, runs, checkpoints, merged, report, diagnosis, commands
 """
 
 from importlib import import_module

@@ -139,8 +139,8 @@ def head_names(model: Any) -> list[str]:
 
 
 def body_fingerprint(model: Any) -> str:
-    """A hash of the pre-trained body (shapes and a sample of every tensor), not of the head."""
-    return fingerprint_tensors(model.base_model.state_dict())
+    """A hash of the pre-trained body's parameters, not of the head's."""
+    return fingerprint_tensors(dict(model.base_model.named_parameters(remove_duplicate=False)))
 
 
 def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:

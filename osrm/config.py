@@ -136,7 +136,7 @@ class TrainConfig:
         choices=("nullify", "project"),
     )
     kappa: float = flag(
-        1.0, "nullify: weight of the other tasks' features against the own", least=0
+        0.3, "nullify: weight of the other tasks' features against the own", least=0
     )
     epochs: int = flag(10, "epochs of every task", least=1)
     load_epochs: str | None = flag(None, "JSON {task: epochs}, instead of --epochs", metavar="FILE")

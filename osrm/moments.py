@@ -63,10 +63,10 @@ class Moment:
         data = self.data.double()
         if not self.is_rows:
             factor = _cholesky(data / scale, shift)
-            return lambda x: torch.cholesky_solve(x, factor)
+            return lambda x: _cholesky_solve(factor, x)
         small = _cholesky(data @ data.T / scale, shift)
         # Woodbury: what lies in the span of the vectors is taken out of x.
-        return lambda x: (x - data.T @ torch.cholesky_solve(data @ x, small) / scale) / shift
+        return lambda x: (x - data.T @ _cholesky_solve(small, data @ x) / scale) / shift
 
     def energy(self, A: Float[Tensor, "r d"]) -> float:
         """E‖A h‖² = tr(A E[h hᵀ] Aᵀ)."""
@@ -85,9 +85,22 @@ def _cholesky(matrix: Float[Tensor, "n n"], shift: float) -> Float[Tensor, "n n"
     return torch.linalg.cholesky(matrix)
 
 
-def _gram(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
+def _cholesky_solve(factor: Float[Tensor, "n n"], x: Float[Tensor, "n k"]) -> Tensor:
+    """As torch.cholesky_solve, which copies the factor in each call: most of its time."""
+    half = torch.linalg.solve_triangular(factor, x, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+
+
+def _gram(rows: Float[Tensor, "n d"], width: int = 256) -> Float[Tensor, "d d"]:
+    """Σ x xᵀ in float64: only one triangle is multiplied out, in stripes of `width` rows."""
     rows = rows.to(torch.float64)
-    return rows.T @ rows
+    gram = rows.new_empty(2 * rows.shape[1:])
+    for start in range(0, len(gram), width):
+        stripe = slice(start, start + width)
+        product = rows[:, stripe].T @ rows[:, start:]
+        gram[stripe, start:] = product
+        gram[start:, stripe] = product.T
+    return gram
 
 
 def without(total: Moment, moments: Mapping[str, Moment], task: str) -> Moment:

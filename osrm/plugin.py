@@ -63,7 +63,6 @@ def initialize_lora_osrm_weights(
                 " init_lora_weights set it; a new A would change the outputs, so add a new adapter"
             )
     if osrm_state_dict is None:
-        options = {"task": None, **options}
         osrm_state_dict = get_osrm_state_dict(
             peft_model, sources, adapter_name=adapter_name, **options
         )
@@ -83,7 +82,7 @@ def get_osrm_state_dict(
     peft_model: PeftModel,
     sources: Mapping[str, Source] | None = None,
     *,
-    task: str | None,
+    task: str | None = None,
     method: str = "analytical",
     features: str = "token",
     adapter_name: str = "default",
@@ -114,7 +113,8 @@ def get_osrm_state_dict(
 
     Raises:
         UserError: an unknown task, method or adapter; a source that is damaged, empty, or of
-            another model; a layer that is not linear, never ran, or is narrower than its rank.
+            another model; a layer that is not linear, is narrower than its rank, or does not run
+            just once in a forward pass.
     """
     factors = _factors(peft_model, adapter_name)
     if task is None:
@@ -254,7 +254,7 @@ def _pretrained(peft_model: PeftModel) -> Iterator[nn.Module]:
 
 
 def _pretrained_body(peft_model: PeftModel) -> dict[str, Tensor]:
-    """The body's tensors under their names without PEFT; what PEFT added, and a head, left out.
+    """The body's parameters under their names without PEFT; what PEFT added, and a head, left out.
 
     The body is transformers' `base_model`; of any other module all but `modules_to_save`.
     """
@@ -269,7 +269,7 @@ def _pretrained_body(peft_model: PeftModel) -> dict[str, Tensor]:
     added = re.compile(rf"({wrapped})\.(?!({inner})\.)")
     return {
         re.sub(r"\.(base_layer|original_module)(?=\.)", "", key): tensor
-        for key, tensor in body.state_dict().items()
+        for key, tensor in body.named_parameters(remove_duplicate=False)
         if not added.match(key)
     }
 
@@ -290,10 +290,8 @@ def _prepared(batches: Iterable[Any], model: Any, task: str) -> Iterator[Any]:
             )
         if hub and isinstance(batch, Mapping):
             batch = {name: batch[name] for name in batch if decodes or name != "labels"}
-            ids, decoded = (
-                batch.get("input_ids"),
-                batch.get("decoder_input_ids", batch.get("labels")),
-            )
+            ids = batch.get("input_ids")
+            decoded = batch.get("decoder_input_ids", batch.get("labels"))
             if decodes and ids is not None and decoded is not None and ids.shape == decoded.shape:
                 mask = batch.get("attention_mask", torch.ones_like(ids))
                 batch |= {"input_ids": pad(ids, (0, 1)), "attention_mask": pad(mask, (0, 1))}

@@ -79,7 +79,7 @@ def _pencil_top(
     d = others.data.shape[1]
     if not 1 <= rank <= d:
         raise ValueError(f"rank {rank} is not in 1..{d}")
-    if not all(each.data.isfinite().all() for each in (others, own) if each):
+    if not all(each.data.sum(dtype=torch.float64).isfinite() for each in (others, own) if each):
         raise ValueError("the moment holds NaN or infinity")
     eps = torch.finfo(torch.float64).eps
     trace = d * others.mean_energy or torch.finfo(torch.float64).tiny / eps
@@ -88,17 +88,17 @@ def _pencil_top(
     solve = others.shifted_inverse(shift)
     block = torch.randn(d, rank + _GUARD, generator=generator, dtype=torch.float64)
     block = block.to(others.data.device)
-    basis = left = right = block[:, :0]
+    basis = block[:, :0]
+    left = right = block[:0, :0]
     before = block.new_full((rank,), torch.inf)
     while True:
         block = _orthonormal(block[:, : d - basis.shape[1]], basis)
         basis = torch.cat([basis, block], 1)
         image = own.times(block) if own else block
         shifted = others.times(block) + shift * block
-        left = torch.cat([left, -image if own else shifted], 1)
-        right = torch.cat([right, shifted if own else block], 1)
-        values, vectors = _generalised_eigh(basis.T @ left, basis.T @ right)
-        vectors = basis @ vectors
+        left = _grown(left, basis.T @ (-image if own else shifted))
+        right = _grown(right, basis.T @ (shifted if own else block))
+        values, vectors = _generalised_eigh(left, right)
         # First-order change of each value θ by rounding: vᵀ (δP - θ δQ) v with vᵀ Q v = 1.
         size, unit = (d * own.mean_energy, trace) if own else (trace, 1.0)
         noise = d**0.5 * eps * vectors.square().sum(0) * (size + values.abs() * unit)
@@ -106,7 +106,7 @@ def _pencil_top(
         if basis.shape[1] == d or (change <= noise[:rank]).all():
             break
         before, block = values[:rank], solve(image)
-    border = values[rank - 1]
+    border, vectors = values[rank - 1], basis @ vectors
     tied = (values - border).abs() <= noise
     fixed, free = vectors[:, (values < border) & ~tied], torch.linalg.qr(vectors[:, tied])[0]
     frame = random_frame(free.shape[1], rank - fixed.shape[1], generator).to(free)
@@ -118,6 +118,11 @@ def _orthonormal(block: Float[Tensor, "d k"], basis: Float[Tensor, "d n"]) -> Te
     for _ in range(2):
         block = torch.linalg.qr(block - basis @ (basis.T @ block))[0]
     return block
+
+
+def _grown(matrix: Float[Tensor, "n n"], columns: Float[Tensor, "m k"]) -> Float[Tensor, "m m"]:
+    """The symmetric matrix of m = n + k rows with these last columns."""
+    return torch.cat([torch.cat([matrix, columns[: len(matrix)]], 1), columns.T])
 
 
 def _generalised_eigh(

@@ -21,21 +21,22 @@ STARTS = {
 # Adapters from the gaussian start, moved after their training.
 TRANSFORMS = {
     "gaussian-nullify0.3": "--transform nullify --kappa 0.3",
-    "gaussian-nullify1": "--transform nullify --kappa 1",
-    "gaussian-nullify3": "--transform nullify --kappa 3",
     "gaussian-project": "--transform project --init analytical",
 }
-# Once each: the norm alone, and other ε.
+# Once each: other κ, the norm alone, other ε.
+MORE_TRANSFORMS = {
+    "gaussian-nullify1": "--transform nullify --kappa 1",
+    "gaussian-nullify3": "--transform nullify --kappa 3",
+}
 CONTROLS = {
     "gaussian-norm1": "--init gaussian --norm-match 1",
-    "contrastive-eps1e-4": "--init contrastive --epsilon 1e-4",
-    "contrastive-eps1e-3": "--init contrastive --epsilon 1e-3",
     "contrastive-eps1e-1": "--init contrastive --epsilon 1e-1",
-    "contrastive-eps1": "--init contrastive --epsilon 1",
 }
-FLAGS = STARTS | TRANSFORMS | CONTROLS
+MOVED = TRANSFORMS | MORE_TRANSFORMS
+FLAGS = STARTS | MOVED | CONTROLS
+ARMS = [*FLAGS]
 RUNS = [f"{arm}/{seed}" for seed in SEEDS for arm in STARTS | TRANSFORMS]
-RUNS += [f"{arm}/{SEEDS[0]}" for arm in CONTROLS]
+RUNS += [f"{arm}/{SEEDS[0]}" for arm in MORE_TRANSFORMS | CONTROLS]
 
 
 wildcard_constraints:
@@ -49,12 +50,12 @@ rule report:
     output:
         OUT + "/report/table.md",
     shell:
-        "python reproduce/starts.py {OUT} --output-dir {OUT}/report"
+        "python reproduce/starts.py {OUT} {ARMS} --output-dir {OUT}/report"
 
 
 rule train:
     input:
-        lambda wildcards: [OUT + "/gaussian/{seed}/load_model_path.json"] * (wildcards.arm in TRANSFORMS),
+        lambda wildcards: [OUT + "/gaussian/{seed}/load_model_path.json"] * (wildcards.arm in MOVED),
     output:
         OUT + "/{arm}/{seed}/load_model_path.json",
     log:

@@ -105,7 +105,14 @@ BAD_FLAGS = {
     "--init analytical --other-tasks rte": ["--other-tasks", "other tasks"],
     "--report-to nonsense": ["--report-to nonsense"],
     "--data-dir nowhere": ["--data-dir nowhere", "rte"],
-    "--load-model-path x.json": ["--init analytical"],
+    "--init contrastive --other-tasks rte": ["--init contrastive", "--other-tasks", "other tasks"],
+    "--epsilon 0": ["--epsilon 0", "above 0"],
+    "--epsilon=-1e-3": ["--epsilon -0.001", "above 0"],
+    "--epsilon nan": ["--epsilon nan", "finite"],
+    "--norm-match 0": ["--norm-match 0", "above 0"],
+    "--norm-match inf": ["--norm-match inf", "finite"],
+    "--only-features": ["--only-features", "--feature-bank"],
+    "--feature-bank absent --other-tasks ninth": ["--other-tasks", "ninth"],
     # All at once, from both kinds of checks.
     "--rank 0 --epochs 0 --lr nan": ["--rank 0", "--epochs 0", "--lr nan"],
     "--rank 0 --freeze AB --block xyz": ["--rank 0", "--freeze AB", "--block xyz"],
@@ -147,6 +154,72 @@ def test_a_real_process_says_the_same():
         "train_glue.py: error: --freeze AB: A and B both frozen leave nothing to train;"
         " expected A, B or N\n"
     )
+
+
+# -- feature banks -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def filled(tiny, tiny_data, tmp_path_factory) -> Path:
+    """The feature bank of two tasks."""
+    folder = tmp_path_factory.mktemp("filled")
+    config = TrainConfig(
+        backbone=str(tiny["roberta"]),
+        tasks=["rte"],
+        other_tasks=["sst2"],
+        data_dir=str(tiny_data),
+        rank=2,
+        feature_bank=str(folder),
+        only_features=True,
+    )
+    train(config)
+    return folder
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+BAD_BANKS = {
+    "cut": (cut, "", ["sst2.safetensors", "get it again, or delete it"]),
+    "no statistics": (
+        lambda path: save_file({"w": torch.ones(2)}, path),
+        "",
+        ["sst2.safetensors", "no file of feature statistics", "get it again"],
+    ),
+    "other features": (
+        lambda path: None,
+        "--features mean",
+        ["rte.safetensors", "features is 'token' there, 'mean' here", "compute it again"],
+    ),
+    "padding": (
+        lambda path: None,
+        "--count-padding --only-features",
+        ["rte.safetensors", "count_padding is False there, True here"],
+    ),
+    "other layers": (lambda path: None, "--block k", ["rte.safetensors", "lacks 2 layers", "key"]),
+    "a file": (
+        lambda path: None,
+        "--feature-bank bank/sst2.safetensors",
+        ["--feature-bank bank/sst2.safetensors", "no folder"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BANKS)
+def test_feature_bank(refuse, train_argv, filled, tmp_path, case):
+    damage, flags, words = BAD_BANKS[case]
+    bank = shutil.copytree(filled, tmp_path / "bank")
+    damage(bank / "sst2.safetensors")
+    argv = [*train_argv, "--init", "analytical", "--feature-bank", "bank"]
+    refuse("train_glue.py", [*argv, *flags.split()], words)
+
+
+def test_feature_bank_of_another_backbone(refuse, train_argv, filled, tmp_path, tiny):
+    bank = shutil.copytree(filled, tmp_path / "bank")
+    flags = ["--init", "contrastive", "--feature-bank", str(bank), "--backbone", str(tiny["bert"])]
+    words = [str(bank / "rte.safetensors"), "body_fingerprint is '", "lacks 4 layers (bert."]
+    refuse("train_glue.py", [*train_argv, *flags], words)
 
 
 # -- tables in JSON ----------------------------------------------------------------------------

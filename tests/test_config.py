@@ -202,12 +202,43 @@ def test_help_does_not_wait_for_torch(script):
             "llama3-8b-r8-a16-gaussian-fixN-qkv-wd0.01-seq64",
         ),
         ("--backbone some/where/mine", "mine-r8-a16-gaussian-fixN-qv-wd0.0-seq128"),
+        *(
+            (f"--init {init}", f"roberta-large-r8-a16-{init}-fixN-qv-wd0.0-seq128")
+            for init in ("kaiming", "orthogonal")
+        ),
+        *(
+            (flags, f"roberta-large-r8-a16-{ending}")
+            for flags, ending in {
+                "--init contrastive": "contrastive-fixN-qv-wd0.0-seq128-100",
+                "--init contrastive --epsilon 0.5": "contrastive-fixN-qv-wd0.0-seq128-100-eps0.5",
+                "--init analytical --features sample --count-padding --norm-match 2": (
+                    "analytical-fixN-qv-wd0.0-seq128-100-sample-padding-norm2"
+                ),
+                "--norm-match 0.577": "gaussian-fixN-qv-wd0.0-seq128-norm0.577",
+                # What no run depends on, or not this one.
+                "--features mean --count-padding": "gaussian-fixN-qv-wd0.0-seq128",
+                "--init analytical --feature-bank b": "analytical-fixN-qv-wd0.0-seq128-100",
+            }.items()
+        ),
     ],
 )
 def test_run_names(command, name):
     config = parse_train(command)
     assert run_name(config) == name
     assert run_dir(config, "rte") == Path(".save_dir/rte", name)
+
+
+def test_runs_of_different_settings_of_a_start_have_different_names():
+    settings = {
+        "init": ["contrastive", "analytical"],
+        "epsilon": [1e-2, 1e-3],
+        "norm_match": [None, 1.0, 2.0],
+        "features": ["token", "sample", "mean"],
+        "count_padding": [False, True],
+        "max_num_samples": [100, -1],
+    }
+    grid = [dict(zip(settings, values)) for values in itertools.product(*settings.values())]
+    assert len({run_name(TrainConfig(**each)) for each in grid}) == len(grid)
 
 
 def test_load_model_path_names_the_runs_of_the_first_command():

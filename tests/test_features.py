@@ -89,11 +89,11 @@ def test_moments_are_those_of_what_enters_each_layer_one_text_at_a_time(tiny, fa
         np.testing.assert_allclose(moment_of(total), second_moment(rows), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("sizes", [[70], [1] * 70, [3, 40, 27]])
+@pytest.mark.parametrize("sizes", [[40], [1] * 40, [3, 20, 17]])
 @pytest.mark.parametrize("features", ["token", "sample", "mean"])
 def test_how_examples_are_batched_does_not_matter(tiny, features, sizes):
-    """Nor does the form of the statistic: 70 examples are more than the 32 numbers of a layer."""
-    texts = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) for i in range(70)]
+    """Nor does the form of the statistic: 40 examples are more than the 32 numbers of a layer."""
+    texts = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) for i in range(40)]
     model, _, tokenizer = model_and_batch(tiny["roberta"])
     modules = projections(model, "q", 2)
     ends = np.cumsum(sizes)
@@ -634,11 +634,13 @@ def test_modules_of_one_input_share_a_start_only_if_it_looks_at_features(init):
         for i, task in enumerate(("rte", "cola"))
     }
     looks = STARTS[init].needs_features
-    found = starts(init, ["rte"], widths, 3, 0, features if looks else {}, leaders, [*features])
+    both, features = [*features], features if looks else {}
+    found = starts(init, both, widths, 3, 0, features, leaders, both)
     A = found["rte"]
     assert {name: A[name].shape for name in A} == {name: (3, d) for name, d in widths.items()}
     assert torch.equal(A["q"], A["k"]) == looks
     assert not torch.equal(A["q"], A["v"])
+    assert not any(torch.equal(A[name], found["cola"][name]) for name in widths)
 
 
 def test_files_may_hold_more_layers_than_are_adapted(tmp_path):

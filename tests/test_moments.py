@@ -1,4 +1,4 @@
-"""Sufficient statistics add and subtract: however rows are split, the result is that of them all."""
+"""Sufficient statistics add and subtract: however the rows are split, nothing changes."""
 
 from functools import reduce
 from operator import add
@@ -46,6 +46,15 @@ def test_few_vectors_stay_as_they_are_and_many_become_a_sum(n):
         assert found.data.shape == (D, D) and found.data.dtype == torch.float64
     assert found.gram.dtype == torch.float64
     assert_statistic_of(found, x)
+
+
+@pytest.mark.parametrize("d", [255, 256, 257, 600])
+def test_the_sum_of_a_wide_layer(d):
+    """However the product is cut up: symmetric to the last bit, too."""
+    x = torch.randn(d + 10, d, generator=torch.Generator().manual_seed(d))
+    found, array = Moment.of(x).gram, x.double().numpy()
+    np.testing.assert_allclose(found.numpy(), array.T @ array, rtol=0, atol=1e-11 * d)
+    assert torch.equal(found, found.T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,11 +26,23 @@ COMMANDS = [
 ]
 
 
-def check(command: str, monkeypatch) -> None:
+def check(command: str, monkeypatch, tmp_path) -> None:
     """Parse one command without running it."""
     program, *words = shlex.split(command)
     if program == "make":
         subprocess.run(["make", "--dry-run", *words], cwd=ROOT, check=True, capture_output=True)
+        return
+    if program == "snakemake":
+        pytest.importorskip("snakemake")
+        subprocess.run(
+            [sys.executable, "-m", "snakemake", *words, "--dry-run", "--directory", str(tmp_path)],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+        )
+        return
+    if program == "pip":
+        assert words == ["install", ".[reproduce]"]
         return
     assert program in ("python", "python3")
     script, *arguments = words
@@ -37,6 +50,14 @@ def check(command: str, monkeypatch) -> None:
         parse(TrainConfig, None, arguments)
     elif script == "merge.py":
         parse(MergeConfig, None, arguments)
+    elif script == "benchmarks/starts.py":
+        found = subprocess.run(
+            [sys.executable, script, *arguments, "--help"],
+            cwd=ROOT,
+            capture_output=True,
+            check=False,
+        )
+        assert found.returncode == 0, found.stderr
     else:
         assert words[:2] == ["-m", "osrm.report"]
         from osrm import report
@@ -46,8 +67,8 @@ def check(command: str, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_parses(command, monkeypatch):
-    check(command, monkeypatch)
+def test_every_command_parses(command, monkeypatch, tmp_path):
+    check(command, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("command", [each for each in COMMANDS if "python3" in each])
@@ -74,9 +95,9 @@ def test_the_releases_commands_start(command, monkeypatch, tmp_path):
         "python train_glue.py --init sideways",
     ],
 )
-def test_a_command_that_is_wrong_would_be_noticed(command, monkeypatch):
+def test_a_command_that_is_wrong_would_be_noticed(command, monkeypatch, tmp_path):
     with pytest.raises(SystemExit):
-        check(command, monkeypatch)
+        check(command, monkeypatch, tmp_path)
 
 
 def test_the_commands_of_the_release_and_of_the_makefile_are_there():

@@ -157,7 +157,7 @@ def test_orthonormal_start_and_a_seed_for_each_task(tiny, tiny_data, tmp_path):
 
 def test_only_osrm_looks_at_features(tiny, tiny_data, tmp_path, monkeypatch):
     """Detail 16."""
-    monkeypatch.setattr("osrm.commands.train.collect_features", lambda _: pytest.fail("features"))
+    monkeypatch.setattr("osrm.features.collect", lambda *_: pytest.fail("features"))
     train(small(tiny, tiny_data, tmp_path, init="gaussian", epochs=1, tasks=["rte"]))
 
 

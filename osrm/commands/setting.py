@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,14 @@ from osrm.checkpoints import named_directories
 from osrm.config import TrainConfig, derive_seed, per_task
 from osrm.errors import UserError
 from osrm.evaluation import evaluate
-from osrm.features import FeatureFile, check_comparable, read_bank, starts, task_features
+from osrm.features import (
+    FeatureFile,
+    batches_by_length,
+    check_comparable,
+    read_bank,
+    starts,
+    task_features,
+)
 from osrm.glue import (
     TASKS,
     GlueTask,
@@ -48,6 +57,8 @@ from osrm.glue import (
     split_task,
     tokenize,
 )
+from osrm.interference import relative_energy
+from osrm.moments import without
 from osrm.runs import (
     METRICS,
     args_record,
@@ -216,11 +227,11 @@ def collect_features(setting: Setting, model: Any) -> dict[str, FeatureFile]:
         task, train = TASKS[name], setting.data[name].train
         count = config.max_num_samples if config.max_num_samples > 0 else len(train)
         samples = train.select(range(min(count, len(train))))
-        encoded = tokenize(samples, task, setting.tokenizer, config.max_seq_len).sort("length")
+        encoded = tokenize(samples, task, setting.tokenizer, config.max_seq_len)
         pad_to = config.max_seq_len if config.count_padding else None
         batches = DataLoader(
             encoded.remove_columns("labels"),
-            batch_size=config.per_device_eval_bsz,
+            batch_sampler=batches_by_length(encoded["length"][:], config.per_device_eval_bsz),
             collate_fn=collator(setting.tokenizer, pad_to),
         )
         settings = {**shared, "task": name, "samples": len(samples), "data": fingerprint(samples)}
@@ -250,6 +261,35 @@ def start_factors(
         config.epsilon,
         config.norm_match,
     )
+
+
+def start_energies(
+    features: Mapping[str, FeatureFile],
+    start: Mapping[str, Mapping[str, Tensor]],
+    others: Sequence[str],
+) -> dict[str, dict[str, float]]:
+    """{task: how much energy A meets before training}: 1 is that of random directions.
+
+    Means over the layers, of the own features and of those of the other tasks; see
+    `relative_energy`.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for module in next(iter(start.values())) if features else ():
+        moments = {task: file[module] for task, file in features.items()}
+        avoided = {task: moments[task] for task in others}
+        total = reduce(add, avoided.values())
+        for task, factors in start.items():
+            sides = {"own": moments[task], "others": without(total, avoided, task)}
+            for side, moment in sides.items():
+                energies = found.setdefault(task, {"own": 0.0, "others": 0.0})
+                energies[side] += relative_energy(factors[module], moment) / len(factors)
+    for task, energies in found.items():
+        logger.info(
+            "%s: energy along A before training, 1 being that of random directions:"
+            " own features %.3f, the other tasks' %.3f",
+            *(task, energies["own"], energies["others"]),
+        )
+    return found
 
 
 def with_lora(setting: Setting, task: GlueTask, base: Any, rank: int, alpha: int) -> PeftModel:

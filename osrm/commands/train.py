@@ -17,6 +17,7 @@ from osrm.commands.setting import (
     make_plan,
     prepare_starts,
     run_args,
+    start_energies,
     with_lora,
 )
 from osrm.commands.transform import read_sources, transform
@@ -61,8 +62,9 @@ def train(config: TrainConfig) -> None:
         if sources:
             transform(setting, todo, features, start, sources)
         else:
+            energies = start_energies(features, start, plan.others)
             for task in todo:
-                train_task(setting, task, features, start[task.name])
+                train_task(setting, task, features, start[task.name], energies.get(task.name, {}))
     path = Path(config.output_dir) / f"load_model_path-{run_name(config)}.json"
     directories = {name: run_dir(config, name) for name in TASKS}
     finished = {name: str(at) for name, at in directories.items() if (at / METRICS).exists()}
@@ -75,8 +77,13 @@ def train_task(
     task: GlueTask,
     features: dict[str, FeatureFile],
     start: dict[str, Tensor],
+    energies: dict[str, float],
 ) -> None:
-    """Train one task's adapter and head, score it, and leave it all in its run directory."""
+    """Train one task's adapter and head, score it, and leave it all in its run directory.
+
+    Args:
+        energies: what `start_energies` found, for metrics.json.
+    """
     plan, config = setting.plan, setting.plan.config
     directory = run_dir(config, task.name)
     base = setting.new_model(task)
@@ -105,6 +112,7 @@ def train_task(
         directory / CHECKPOINTS,
     )
     metrics = setting.score(task, model, data)
+    metrics |= {f"start_energy_{side}": energy for side, energy in energies.items()}
     metrics["train_samples"] = len(data.train)
     metrics["train_runtime"] = trainer.state.log_history[-1]["train_runtime"]
     if trainer.state.best_metric is not None:

@@ -99,10 +99,11 @@ def move(
     pairs: dict[str, dict[str, LoraPair]] = {task: {} for task in sources}
     energies = {task: torch.zeros(2, 2, dtype=torch.float64) for task in sources}
     layers: dict[str, list[str]] = {}
-    for module, leader in next(iter(features.values())).leaders.items():
-        layers.setdefault(leader, []).append(module)
-    for leader, members in layers.items():
-        moments = {task: file[leader] for task, file in features.items()}
+    leaders = next(iter(features.values())).leaders
+    for module in next(iter(sources.values())).updates:
+        layers.setdefault(leaders[module], []).append(module)
+    for members in layers.values():
+        moments = {task: file[members[0]] for task, file in features.items()}
         avoided = {task: moments[task] for task in plan.others}
         total = reduce(add, avoided.values())
         for task, checkpoint in sources.items():
