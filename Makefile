@@ -17,13 +17,13 @@ TRAIN := --backbone minilm --tasks $(TASKS) --other-tasks $(TASKS) --epochs 2 --
 
 demo: install
 	$(PY) train_glue.py $(TRAIN) --init gaussian
-	$(PY) train_glue.py $(TRAIN) --init analytical
+	$(PY) train_glue.py $(TRAIN) --init contrastive
 	$(PY) merge.py --load-model-path $(DEMO)/load_model_path-$(RUN)-gaussian-$(REST).json \
 		--output-dir $(DEMO)/merged-gaussian --overwrite
-	$(PY) merge.py --load-model-path $(DEMO)/load_model_path-$(RUN)-analytical-$(REST)-100.json \
-		--output-dir $(DEMO)/merged-analytical --overwrite
+	$(PY) merge.py --load-model-path $(DEMO)/load_model_path-$(RUN)-contrastive-$(REST)-100.json \
+		--output-dir $(DEMO)/merged-contrastive --overwrite
 	$(PY) -m osrm.report $(DEMO)/merged-gaussian/results.json \
-		$(DEMO)/merged-analytical/results.json --output-dir $(DEMO)/report
+		$(DEMO)/merged-contrastive/results.json --output-dir $(DEMO)/report
 	@echo "The table is $(DEMO)/report/table.md, the plot $(DEMO)/report/plot.png. Next:" \
 		"README.md, 'Train': all eight tasks, your own data, GLUE."
 

@@ -1,6 +1,6 @@
-"""Train one LoRA adapter a GLUE task, from PEFT's or OSRM's start, ready to be merged.
+"""Train one LoRA adapter a GLUE task, from a start of your choice, ready to be merged.
 
-python train_glue.py --backbone minilm --tasks mrpc stsb --init analytical --epochs 3 --lr 2e-3
+python train_glue.py --backbone minilm --tasks mrpc stsb --init contrastive --epochs 3 --lr 2e-3
 """
 
 import sys

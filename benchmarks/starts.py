@@ -13,7 +13,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -68,12 +68,14 @@ def machine() -> str:
 
 
 def reset_peak() -> None:
-    """Let the peak of the resident memory begin anew (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
+    """Let the peak of the resident memory begin anew; only Linux can."""
+    switch = Path("/proc/self/clear_refs")
+    if switch.exists():
+        switch.write_text("5")
 
 
 def peak_gib() -> float:
-    """Peak of the resident memory of this process since `reset_peak`."""
+    """Peak of the resident memory of this process since `reset_peak`, the model included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -112,7 +114,7 @@ def release_means(
     """The release's features: batches of one, padded to 128 tokens, the padding counted."""
     sums = {name: torch.zeros(model.get_submodule(name).in_features) for name in modules}
 
-    def hook(name: str):
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def record(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
             sums[name] = sums[name] + args[0].mean(dim=1).mean(dim=0)
 
@@ -267,14 +269,12 @@ def relative_error(moments: Mapping[str, Moment], task: str, A: Tensor) -> float
 def spectrum(d: int) -> Tensor:
     """d eigenvalues, ascending: between the points above, geometric."""
     points = SMALLEST | {share * (d - 1): value for share, value in SHARES.items()}
-    places = sorted(place for place in points if place < 16 or place > 16 * 2)
+    places = sorted(points)
     values = np.interp(np.arange(d), places, np.log([points[place] for place in places]))
-    return torch.from_numpy(np.exp(values))
+    return torch.from_numpy(np.sort(np.exp(values)))
 
 
-def synthetic_moments(
-    d: int, tasks: Sequence[str], generator: torch.Generator
-) -> dict[str, Moment]:
+def synthetic_moments(d: int, tasks: Sequence[str], seed: int) -> dict[str, Moment]:
     """One layer's statistics: a spectrum all tasks share, and what each has of its own.
 
     S = R D R + F Fᵀ. R is a reflection at a random subspace of the layer, D has the eigenvalues
@@ -282,6 +282,7 @@ def synthetic_moments(
     has 32 gaussian columns, so that a task has directions of its own whose energy is relative to
     what is usual there.
     """
+    generator = torch.Generator().manual_seed(seed)
 
     def gaussian(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -313,8 +314,7 @@ def llama(args: argparse.Namespace) -> None:
     for layer in range(args.layers):
         modules = [f"layers.{layer}.self_attn.{part}_proj" for part in "qkv"]
         leaders, widths = dict.fromkeys(modules, modules[0]), dict.fromkeys(modules, args.width)
-        generator = torch.Generator().manual_seed(args.seed + layer)
-        moments = synthetic_moments(args.width, tasks, generator)
+        moments = synthetic_moments(args.width, tasks, args.seed + layer)
         features = {task: dict.fromkeys(modules, moment) for task, moment in moments.items()}
         for init in args.starts:
             reset_peak()
@@ -353,7 +353,7 @@ def check(init: str, moments: Mapping[str, Moment], task: str, A: Tensor) -> flo
     return abs(reached / best.sum() - 1)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the flags and run one part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = parser.add_subparsers(required=True)
@@ -380,7 +380,7 @@ def main() -> None:
         part.add_argument("--rank", type=int, default=8)
         part.add_argument("--threads", type=int, default=2)
         part.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     args.run(args)
 

@@ -487,7 +487,7 @@ def test_the_layer_plot_has_a_line_for_own_and_others_of_each_projection(
 ):
     _, found = case
     figures = []
-    monkeypatch.setattr("osrm.diagnosis._save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr("osrm.diagnosis.save", lambda figure, path: figures.append(figure))
     layer_plot(found, tmp_path / "plot.png")
     lines = {line.get_label(): line.get_ydata() for line in figures[0].axes[0].lines}
     assert list(lines) == ["value, own", "value, others", "query, own", "query, others"]

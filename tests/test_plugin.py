@@ -280,15 +280,17 @@ def test_the_model_comes_back_as_it_was_even_after_an_error():
     assert seen(model) == before and len(calls) == 9
 
 
-def test_a_bank_gives_the_same_start_as_the_batches(tmp_path):
+@pytest.mark.parametrize("features", ["token", "sample", "mean"])
+def test_a_bank_gives_the_same_start_as_the_batches(tmp_path, features):
     model = peft_model()
-    fresh = get_osrm_state_dict(model, sources(), task="mine")
+    fresh = get_osrm_state_dict(model, sources(), task="mine", features=features)
     path = tmp_path / "theirs.safetensors"
-    file = collect_osrm_features(peft_model(r=7), batches("roberta", "theirs"), path)
+    theirs = batches("roberta", "theirs")
+    file = collect_osrm_features(peft_model(r=7), theirs, path, features=features)
     assert file.settings["task"] == "theirs"
     for source in (path, str(path), file):
         both = {"theirs": source, "more": batches("roberta", "more")}
-        cached = get_osrm_state_dict(model, both, task="mine")
+        cached = get_osrm_state_dict(model, both, task="mine", features=features)
         assert all(torch.equal(cached[name], fresh[name]) for name in layers(model))
 
 

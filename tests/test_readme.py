@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from osrm import embedded
@@ -120,6 +121,23 @@ def test_the_commands_of_the_release_and_of_the_makefile_are_there():
 def test_the_corpora_are_those_of_the_code():
     for task, source in embedded.SOURCES.items():
         assert f"| {task} | {source.origin} | {source.licence} |" in README
+
+
+def test_the_plug_in_example_runs():
+    """On the real embedded model: orthonormal rows of A, and B still zero."""
+    (example,) = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+        if "initialize_lora_osrm_weights" in block
+    )
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    layers = [each for each in names["model"].modules() if hasattr(each, "lora_A")]
+    assert len(layers) == 12
+    for layer in layers:
+        A = layer.lora_A["default"].weight
+        torch.testing.assert_close(A @ A.T, torch.eye(8), rtol=0, atol=1e-5)
+        assert not layer.lora_B["default"].weight.any()
 
 
 def test_the_tree_is_the_tree():
