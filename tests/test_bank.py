@@ -274,6 +274,15 @@ def test_the_contrastive_start_trains(tiny, tiny_data, tmp_path, filled):
         assert others.energy(A) > others.energy(found["analytical"][name])
 
 
+def test_epsilon_says_what_little_energy_is(tiny, tiny_data, tmp_path, filled):
+    bank, energies = read_bank(filled), []
+    for epsilon in (1e-6, 1e2):
+        options = {"init": "contrastive", "epsilon": epsilon, "feature_bank": str(filled)}
+        A = begin(config_of(tiny, tiny_data, tmp_path, **options))
+        energies.append(sum(bank["sst2"][name].energy(A[name]) for name in A))
+    assert energies[0] < energies[1]
+
+
 @pytest.mark.parametrize("init", ["gaussian", "kaiming", "orthogonal", "analytical", "contrastive"])
 def test_norm_match_gives_every_row_that_norm(tiny, tiny_data, tmp_path, filled, init):
     config = config_of(

@@ -578,7 +578,7 @@ def start(files, task, rank, seed=0, init="analytical", others=None):
 
 def test_the_start_avoids_the_others_and_ignores_its_own(tmp_path):
     d = 6
-    energy = {"rte": [9, 9, 9, 0, 0, 9], "sst2": [9, 0, 9, 9, 9, 9], "cola": [9, 0, 9, 9, 9, 0]}
+    energy = {"rte": [9, 99, 9, 0, 0, 9], "sst2": [9, 0, 9, 9, 9, 9], "cola": [9, 0, 9, 9, 9, 0]}
     files = {
         task: write_features(tmp_path / task, torch.diag(torch.tensor(e, dtype=torch.float64)))
         for task, e in energy.items()
