@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT: the only file that knows PEFT's names."""
+"""LoRA adapters of PEFT: beside `plugin` the only file that knows PEFT's names."""
 
 from __future__ import annotations
 

@@ -21,7 +21,10 @@ from osrm.starts import STARTS
 ARGS, METRICS, CHECKPOINTS = "args.json", "metrics.json", "checkpoints"
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "safetensors")
 # Settings that do not change what a run computes: they may differ when it is resumed.
-VOLATILE = {"tasks", "resume", "report_to", "save_merged_model", "output_dir", "environment"}
+VOLATILE = {
+    *("tasks", "resume", "report_to", "save_merged_model", "output_dir", "environment"),
+    "feature_bank",  # where its files lie: `feature_files` has what is in them
+}
 
 
 DEFAULTS = TrainConfig()

@@ -46,14 +46,22 @@ def contrastive_subspace(
     The top generalised eigenvectors of (S_own, S_others + ε · tr(S_others)/d · I), that is of
     largest ratio of own to other energy, orthonormalised. ε says what "little" is, relative to
     the mean eigenvalue of the others: with ε → 0 it is the top own energy inside the others'
-    null space, with ε → ∞ the top own energy alone.
+    null space, with ε → ∞ the top own energy alone. Fewer own vectors than `rank` fill as many
+    directions; the rest, where there is no own energy, are those of least energy of the others.
 
     Raises:
         ValueError: as `minor_subspace`; epsilon is not above 0.
     """
     if not epsilon > 0:
         raise ValueError(f"epsilon {epsilon} is not above 0")
-    return _pencil_top(own, others, epsilon, rank, generator)
+    few = own.is_rows and 0 < own.count < rank <= own.data.shape[1]
+    A = _pencil_top(own, others, epsilon, own.count if few else rank, generator)
+    if not few:
+        return A
+    # The directions found get more energy than any other has.
+    weight = (others.count * others.mean_energy * A.shape[1]) ** 0.5
+    rest = minor_subspace(others + Moment.of(weight * A), rank - len(A), generator)
+    return torch.linalg.qr(torch.cat([A, rest]).T)[0].T.contiguous()
 
 
 def random_frame(d: int, rank: int, generator: Generator) -> Float[Tensor, "rank d"]:
@@ -109,8 +117,10 @@ def _pencil_top(
     border, vectors = values[rank - 1], basis @ vectors
     tied = (values - border).abs() <= noise
     fixed, free = vectors[:, (values < border) & ~tied], torch.linalg.qr(vectors[:, tied])[0]
-    frame = random_frame(free.shape[1], rank - fixed.shape[1], generator).to(free)
-    return torch.linalg.qr(torch.cat([fixed, free @ frame.T], 1))[0].T.contiguous()
+    # A gaussian projected onto the eigenspace is the same in every basis of it that rounding gives.
+    gaussian = torch.randn(d, rank - fixed.shape[1], generator=generator, dtype=torch.float64)
+    chosen = free @ (free.T @ gaussian.to(free))
+    return torch.linalg.qr(torch.cat([fixed, chosen], 1))[0].T.contiguous()
 
 
 def _orthonormal(block: Float[Tensor, "d k"], basis: Float[Tensor, "d n"]) -> Tensor:

@@ -391,7 +391,10 @@ def test_isotropic_own_and_others_leave_everything_free(d):
 @pytest.mark.parametrize("n", [1, 3, 7])
 @pytest.mark.parametrize("form", ["vectors", "sum"])
 def test_fewer_own_vectors_than_rank(n, form):
-    """Their n optimal directions are in it, all own energy over them; the rest is any frame."""
+    """Their n optimal directions are in it, all own energy over them.
+
+    Beside them it has those of least energy of the others, if the own vectors come as such.
+    """
     rows, other_rows = few_vectors(seed=0, n=n), few_vectors(seed=1, n=100)
     own = Moment.of(rows) if form == "vectors" else statistic(second_moment(rows))
     others = Moment.of(other_rows)
@@ -399,6 +402,13 @@ def test_fewer_own_vectors_than_rank(n, form):
     assert_orthonormal(A)
     _, vectors = top(second_moment(rows), second_moment(other_rows), 1e-2, n)
     assert cosines(A, vectors).min() > 1 - 1e-8
+    if form == "vectors":
+        left = torch.from_numpy(scipy.linalg.null_space(vectors.numpy()))
+        least = scipy.linalg.eigvalsh((left.T @ second_moment(other_rows) @ left).numpy())
+        rest = torch.from_numpy(scipy.linalg.null_space(vectors.numpy() @ A.numpy().T)).T @ A
+        assert energy(rest, second_moment(other_rows)) == pytest.approx(
+            least[: 8 - n].sum(), rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("few", ["own", "others", "both"])
