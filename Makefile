@@ -12,6 +12,7 @@ REST := fixN-qv-wd0.0-seq128
 TRAIN := --backbone minilm --tasks $(TASKS) --other-tasks $(TASKS) --epochs 2 --lr 2e-3 \
 	--per-device-train-bsz 32 --max-train-samples 1024 --max-eval-samples 100 \
 	--max-test-samples 200 --output-dir $(DEMO) --resume
+METHODS := average task_arithmetic ties emr
 
 .PHONY: demo test check install
 
@@ -19,9 +20,9 @@ demo: install
 	$(PY) train_glue.py $(TRAIN) --init gaussian
 	$(PY) train_glue.py $(TRAIN) --init contrastive
 	$(PY) merge.py --load-model-path $(DEMO)/load_model_path-$(RUN)-gaussian-$(REST).json \
-		--output-dir $(DEMO)/merged-gaussian --overwrite
+		--methods $(METHODS) --output-dir $(DEMO)/merged-gaussian --overwrite
 	$(PY) merge.py --load-model-path $(DEMO)/load_model_path-$(RUN)-contrastive-$(REST)-100.json \
-		--output-dir $(DEMO)/merged-contrastive --overwrite
+		--methods $(METHODS) --output-dir $(DEMO)/merged-contrastive --overwrite
 	$(PY) -m osrm.report $(DEMO)/merged-gaussian/results.json \
 		$(DEMO)/merged-contrastive/results.json --output-dir $(DEMO)/report
 	@echo "The table is $(DEMO)/report/table.md, the plot $(DEMO)/report/plot.png. Next:" \

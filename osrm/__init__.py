@@ -10,9 +10,9 @@ so that A h ≈ 0 for their features h (the rows of H) before a single step is t
     moments, subspace, starts, transforms, interference, merging    the numbers; torch alone
     task_vectors                        updates as values
     glue, backbones, embedded           tasks, models, and what comes along for both
-    features, adapters, training, evaluation
+    features, fisher, adapters, training, evaluation
     plugin                              OSRM's start for any PeftModel
-    config, runs, checkpoints, merged, report, diagnosis, commands
+    config, runs, checkpoints, merged, export, report, diagnosis, commands
 """
 
 from importlib import import_module
@@ -22,6 +22,7 @@ _PUBLIC = {
     "collect_osrm_features": "osrm.plugin",
     "get_osrm_state_dict": "osrm.plugin",
     "initialize_lora_osrm_weights": "osrm.plugin",
+    "load_adapters": "osrm.checkpoints",
     "load_merged": "osrm.merged",
     "merge": "osrm.merging",
 }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ import torch
 from jaxtyping import Float
 from peft import (
     LoraConfig,
-    PeftConfig,
     PeftModel,
     TaskType,
     get_peft_model,
@@ -25,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from osrm.backbones import head_names
+from osrm.config import read_json
 from osrm.errors import UserError, first_line
 from osrm.task_vectors import LoraPair
 
@@ -32,14 +34,54 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(A\.weight|B\.weight|B\.bias)")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_alpha(value: Any) -> bool:
+    # Updates are float32; NaN is not <= anything.
+    return type(value) in (int, float) and abs(value) <= torch.finfo(torch.float32).max
+
+
+def _is_flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _is_pattern(value: Any, holds: Callable[[Any], bool]) -> bool:
+    try:
+        # In brackets, as PEFT compiles them.
+        return isinstance(value, dict) and all(
+            re.compile(f".({pattern})") and holds(value[pattern]) for pattern in value
+        )
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
+# Option of adapter_config.json -> its default, what it must be, in words and as a test.
+_OPTIONS: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {
+    "r": (None, "a whole number above 0", _is_rank),
+    "lora_alpha": (None, "a finite number", _is_alpha),
+    "rank_pattern": ({}, "{pattern: rank}", lambda value: _is_pattern(value, _is_rank)),
+    "alpha_pattern": ({}, "{pattern: number}", lambda value: _is_pattern(value, _is_alpha)),
+    "use_rslora": (False, "true or false", _is_flag),
+    "lora_bias": (False, "true or false", _is_flag),
+    "modules_to_save": (
+        [],
+        "a list of names",
+        lambda value: isinstance(value, list) and all(type(n) is str and n for n in value),
+    ),
+    "base_model_name_or_path": ("", "a name or path", lambda value: type(value) is str),
+}
 
 # Options with which an adapter is more than scaling B A on top of the base weights.
 _OTHER_UPDATES = (
     "use_dora",
     "use_qalora",
     "use_bdlora",
-    "lora_bias",
     "fan_in_fan_out",
     "layer_replication",
     "target_parameters",
@@ -51,6 +93,10 @@ _OTHER_UPDATES = (
     "velora_config",
 )
 _OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_ONLY_LORA = (
+    "only plain LoRA adapters can be merged; make it one, or give its dense model"
+    " (merge_and_unload)"
+)
 
 
 def add_lora(
@@ -119,82 +165,146 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
 
 def read_adapter(
     directory: Path,
-) -> tuple[dict[str, LoraPair], dict[str, Tensor], str | None]:
+) -> tuple[dict[str, LoraPair | Tensor], dict[str, Tensor], str | None]:
     """The updates by layer, the head's tensors, and the base model's name or path.
+
+    A layer X whose lora_B has a bias (PEFT's lora_bias) has a second update, that of its own bias:
+    "X.bias", dense, float32, of shape (out, 1), scaling included.
 
     Raises:
         UserError: no LoRA adapter, a damaged one, or one whose update is not scaling · B A.
     """
-    config = _read_config(directory)
-    try:
-        tensors = load_file(directory / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{directory / WEIGHTS}: not readable ({error}); save it again") from None
-    A, B, head = {}, {}, {}
-    for key, tensor in tensors.items():
+    config = _read_config(directory / CONFIG)
+    file, saved = directory / WEIGHTS, config["modules_to_save"]
+    factors: dict[str, dict[str, Tensor]] = {"A.weight": {}, "B.weight": {}, "B.bias": {}}
+    head = {}
+    for key, tensor in _read_tensors(directory).items():
         name = key.removeprefix(_PREFIX)
-        if not tensor.isfinite().all():
-            raise UserError(f"{directory / WEIGHTS}: '{key}' holds NaN or infinity; train it again")
-        if name.endswith(_A):
-            A[name.removesuffix(_A)] = tensor
-        elif name.endswith(_B):
-            B[name.removesuffix(_B)] = tensor
-        else:
+        if match := _FACTOR.fullmatch(key):
+            factors[match[2]][match[1]] = tensor
+        elif name != key and any(f"{module}." in name for module in saved):
             head[name] = tensor.float()
+        else:
+            raise UserError(
+                f"{file}: '{key}' is neither a factor of LoRA nor of modules_to_save"
+                f" {sorted({*saved})}; {_ONLY_LORA}"
+            )
+    A, B, bias = factors.values()
     if not A or set(A) != set(B):
         odd = sorted(set(A) ^ set(B))
         raise UserError(
-            f"{directory / WEIGHTS}: expected lora_A and lora_B of each layer; "
-            + (f"alone: {odd[:3]}" if odd else "found neither")
+            f"{file}: expected lora_A and lora_B of each layer,"
+            f" {f'alone: {odd[:3]}' if odd else 'found neither'}; save it again"
         )
-    pairs = {}
-    for name in A:
-        if A[name].ndim != 2 or B[name].ndim != 2 or len(A[name]) != B[name].shape[1]:
-            raise UserError(
-                f"{directory / WEIGHTS}: '{name}': A {tuple(A[name].shape)} and"
-                f" B {tuple(B[name].shape)} do not multiply"
-            )
-        pairs[name] = LoraPair(A[name], B[name], _scaling(config, name, len(A[name])))
-    return pairs, head, config.base_model_name_or_path
-
-
-def _read_config(directory: Path) -> LoraConfig:
-    path = directory / CONFIG
-    try:
-        config = PeftConfig.from_pretrained(str(directory))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    if set(bias) != (set(A) if config["lora_bias"] else set()):
         raise UserError(
-            f"{path}: not a PEFT adapter's configuration ({first_line(error)}); save it again"
-        ) from None
-    if not isinstance(config, LoraConfig) or str(config.peft_type) not in ("LORA", "PeftType.LORA"):
-        raise UserError(f"{path}: peft_type {config.peft_type}: only LoRA adapters can be merged")
-    alphas = {"lora_alpha": config.lora_alpha, **(config.alpha_pattern or {})}
-    for name, alpha in alphas.items():
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise UserError(f"{path}: {name}: expected a number, found {alpha!r}; mend it")
-    extras = [name for name in _OTHER_UPDATES if getattr(config, name, None)]
-    if config.bias != "none":
-        extras.append(f"bias={config.bias}")
-    start = config.init_lora_weights
+            f"{file}: lora_B has a bias in {len(bias)} of {len(A)} layers, but {CONFIG} says"
+            f" lora_bias {config['lora_bias']}; save it again"
+        )
+    updates: dict[str, LoraPair | Tensor] = {}
+    for name in A:
+        rank = _of_layer(name, config["rank_pattern"], config["r"])
+        alpha = _of_layer(name, config["alpha_pattern"], config["lora_alpha"])
+        _check_shapes(f"{file}: '{name}'", rank, A[name], B[name], bias.get(name))
+        scaling = alpha / (rank**0.5 if config["use_rslora"] else rank)
+        updates[name] = LoraPair(A[name], B[name], scaling)
+        if name in bias:
+            updates[f"{name}.bias"] = scaling * bias[name].float()[:, None]
+    return updates, head, config["base_model_name_or_path"] or None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The options of `_OPTIONS`, by PEFT's names.
+
+    Not through PEFT: it asks the hub about a directory that lacks the file, and has defaults for
+    what every adapter that it wrote says.
+    """
+    content = read_json(path, "PEFT adapter")
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected PEFT's object {{option: value}}; save it again")
+    if content.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type {content.get('peft_type')!r}: {_ONLY_LORA}")
+    options = {
+        name: default if content.get(name) is None else content[name]
+        for name, (default, _, _) in _OPTIONS.items()
+    }
+    problems = [
+        f"{name}: expected {wanted}, found {reprlib.repr(options[name])}"
+        for name, (_, wanted, holds) in _OPTIONS.items()
+        if not holds(options[name])
+    ]
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems)}; mend it, or save it again")
+    extras = [name for name in _OTHER_UPDATES if content.get(name)]
+    if content.get("bias", "none") != "none":
+        extras.append(f"bias={content['bias']}")
+    start = content.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_OTHER_BASES):
         extras.append(f"init_lora_weights={start} (changes the base weights)")
     if extras:
-        raise UserError(f"{path}: {', '.join(extras)}: only plain LoRA adapters can be merged")
-    return config
+        raise UserError(f"{path}: {', '.join(extras)}: {_ONLY_LORA}")
+    known = {field.name for field in fields(LoraConfig)}
+    unknown = sorted(name for name in content.keys() - known if content[name])
+    if unknown:
+        logger.warning("%s: options that this PEFT does not know are ignored: %s", path, unknown)
+    return options
 
 
-def _scaling(config: LoraConfig, name: str, rank: int) -> float:
-    alpha_pattern = config.alpha_pattern or {}
-    key = get_pattern_key(alpha_pattern.keys(), name)
-    alpha = alpha_pattern.get(key, config.lora_alpha)
-    return alpha / (rank**0.5 if config.use_rslora else rank)
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    """The adapter's tensors: of float types, not empty, finite in float32."""
+    file, pickled = directory / WEIGHTS, directory / "adapter_model.bin"
+    try:
+        if not file.is_file():
+            if pickled.is_file():
+                raise UserError(
+                    f"{pickled}: a pickle can run code when it is read, so it is not; save the"
+                    f" adapter as {WEIGHTS}"
+                )
+            raise FileNotFoundError("no such file")
+        file.open("rb").close()  # safetensors says "No such file" whatever the reason
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: not readable ({first_line(error)}); save it again") from None
+    for key, tensor in tensors.items():
+        problem = None
+        if tensor.dtype not in _FLOATS:
+            kinds = ", ".join(str(kind).removeprefix("torch.") for kind in _FLOATS)
+            problem = f"is {str(tensor.dtype).removeprefix('torch.')}; save it as one of {kinds}"
+        elif tensor.numel() == 0:
+            problem = f"is empty, of shape {tuple(tensor.shape)}; save it again"
+        elif not tensor.float().isfinite().all():
+            problem = "holds NaN or infinity; train it again"
+        if problem:
+            raise UserError(f"{file}: '{key}' {problem}")
+    return tensors
+
+
+def _check_shapes(where: str, rank: int, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+    """Refuse factors that do not multiply, or of another rank than the configuration's."""
+    problem = None
+    if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1]:
+        problem = f"A {tuple(A.shape)} and B {tuple(B.shape)} do not multiply"
+    elif len(A) != rank:
+        problem = f"rank {len(A)}, but {CONFIG} (r, rank_pattern) says {reprlib.repr(rank)}"
+    elif rank > max(A.shape[1], len(B)):
+        problem = f"rank {rank} is more than its widths, {A.shape[1]} and {len(B)}"
+    elif bias is not None and bias.shape != (len(B),):
+        problem = f"the bias of lora_B is {tuple(bias.shape)}, expected ({len(B)},)"
+    if problem:
+        raise UserError(f"{where}: {problem}; save it again")
+
+
+def _of_layer(name: str, pattern: Mapping[str, Any], default: Any) -> Any:
+    """What PEFT takes for a layer: the value of the first pattern that its name ends with."""
+    return pattern.get(get_pattern_key(pattern.keys(), name), default)
 
 
 @contextmanager
 def applied(model: nn.Module, update: Mapping[str, Float[Tensor, "out in"]]) -> Iterator[None]:
     """Lend a model (without LoRA) the update ΔW of its linear layers: W0 + ΔW inside `with`.
 
-    On exit, even after an error, the weights are W0 again, bit for bit.
+    An update named "X.bias", of shape (out, 1), is that of the bias of the layer X. On exit, even
+    after an error, weights and biases are as before, bit for bit.
 
     Raises:
         ValueError: the update names a layer that the model lacks, or of another shape.
@@ -215,14 +325,26 @@ def applied(model: nn.Module, update: Mapping[str, Float[Tensor, "out in"]]) -> 
 
 
 def linear_weight(model: nn.Module, name: str) -> Tensor:
-    """The weight (out, in) of the named linear layer."""
+    """What an update of this name is added to, to be changed in place.
+
+    That is the weight (out, in) of the linear layer `name`, or, for "X.bias", the bias of the
+    linear layer X, seen as a matrix (out, 1).
+
+    Raises:
+        ValueError: the model has no such layer, or it has no bias.
+    """
+    layer = name.removesuffix(".bias")
     try:
-        module = model.get_submodule(name)
+        module = model.get_submodule(layer)
     except AttributeError:
         module = None
     if not isinstance(module, nn.Linear):
-        raise ValueError(f"{type(model).__name__} has no linear layer {name}")
-    return module.weight
+        raise ValueError(f"{type(model).__name__} has no linear layer {layer}")
+    if layer == name:
+        return module.weight
+    if module.bias is None:
+        raise ValueError(f"the linear layer {layer} of {type(model).__name__} has no bias")
+    return module.bias[:, None]
 
 
 @torch.no_grad()

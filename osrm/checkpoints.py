@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,15 @@ from osrm.backbones import head_names
 from osrm.config import per_task, read_json
 from osrm.errors import UserError
 from osrm.runs import ARGS
-from osrm.task_vectors import LoraPair, Update
+from osrm.task_vectors import LoraPair, TaskVectors, Update
 
 DENSE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+# What is used of args.json, and its types.
+_ARGS = {
+    **dict.fromkeys(("task", "backbone", "base_model", "body_fingerprint", "init"), str),
+    **dict.fromkeys(("seed", "max_seq_len", "max_test_samples"), int),
+}
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,15 @@ def named_directories(path: str | Path, tasks: Iterable[str] | None) -> dict[str
     problems = []
     for task, name in per_task(path, "--load-model-path", tasks, str).items():
         directory = Path(name)
-        if directory.name == "merged_model" and not directory.exists():
-            directory = directory.parent
-        if not directory.is_dir():
-            problems.append(f"'{task}': no directory {name}")
-        elif not any((directory / file).exists() for file in (CONFIG, DENSE, INDEX)):
-            problems.append(f"'{task}': {name} holds neither {CONFIG} nor {DENSE}")
+        try:
+            if directory.name == "merged_model" and not directory.exists():
+                directory = directory.parent
+            if not directory.is_dir():
+                problems.append(f"'{task}': no directory {name}")
+            elif not any((directory / file).exists() for file in (CONFIG, DENSE, INDEX)):
+                problems.append(f"'{task}': {name} holds neither {CONFIG} nor {DENSE}")
+        except OSError as error:
+            problems.append(f"'{task}': {name}: {error.strerror}")
         found[task] = directory
     if problems:
         raise UserError(
@@ -83,11 +92,29 @@ def read_checkpoint(path: Path, load_base: Callable[[str | None], Any]) -> Check
             args = read_json(directory / ARGS, "run directory")
             if not isinstance(args, dict):
                 raise UserError(f"{directory / ARGS}: expected an object; train it again")
+            problems = [
+                f"{name}: expected {kind.__name__}, found {args[name]!r}"
+                for name, kind in _ARGS.items()
+                if not isinstance(args.get(name, kind()), kind)
+            ]
+            if problems:
+                raise UserError(f"{directory / ARGS}: {'; '.join(problems)}; train it again")
     if (path / CONFIG).exists():
-        pairs, head, base = read_adapter(path)
-        return Checkpoint(path, dict(pairs), head, base, args)
+        adapter, head, base = read_adapter(path)
+        return Checkpoint(path, {**adapter}, head, base, args)
     updates, head = _read_dense(path, load_base(args.get("backbone")))
     return Checkpoint(path, updates, head, args.get("base_model"), args)
+
+
+def load_adapters(directories: Mapping[str, str | Path]) -> TaskVectors:
+    """The stacked updates of {task: directory of a PEFT LoRA adapter}, for `osrm.merge`.
+
+    Raises:
+        UserError: see `read_adapter` and `TaskVectors.stack`.
+    """
+    return TaskVectors.stack(
+        {task: read_adapter(Path(directory))[0] for task, directory in directories.items()}
+    )
 
 
 def check_task(checkpoint: Checkpoint, task: str) -> None:
@@ -114,8 +141,11 @@ def check_fits(checkpoint: Checkpoint, model: Any) -> None:
             raise UserError(
                 f"{checkpoint.path}: {error}; name its base model with --backbone"
             ) from None
-        # A dense difference was compared with the base when it was read.
-        shape = (len(update.B), update.A.shape[1]) if isinstance(update, LoraPair) else wanted
+        shape: tuple[int, ...] = wanted  # with which a dense difference was compared when read
+        if isinstance(update, LoraPair):
+            shape = (len(update.B), update.A.shape[1])
+        elif isinstance(update, Tensor):
+            shape = tuple(update.shape)
         if shape != wanted:
             raise UserError(
                 f"{checkpoint.path}: the update of {name} is {shape}, the layer of"
@@ -128,12 +158,19 @@ def check_fits(checkpoint: Checkpoint, model: Any) -> None:
 
 
 def checksum(path: Path) -> str:
-    """sha256 of the weights of a checkpoint directory."""
+    """sha256 of what a checkpoint directory's update depends on: weights, and LoRA's settings.
+
+    Raises:
+        UserError: one of the files cannot be read.
+    """
     digest = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
+    for file in sorted([*path.glob("*.safetensors"), *path.glob(CONFIG)]):
+        try:
+            with file.open("rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    digest.update(chunk)
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}; remove or mend it") from None
     return digest.hexdigest()
 
 

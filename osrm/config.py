@@ -218,7 +218,18 @@ class MergeConfig:
         " checkpoints",
         metavar="FILE",
     )
-    methods: list[str] = flag([], "the merging methods (default: all that --hparams lists)")
+    methods: list[str] = flag(
+        [],
+        "the merging methods (default, or all: those that --hparams lists; with --no-eval without"
+        " those that look at data)",
+    )
+    from_recipe: str | None = flag(
+        None,
+        "repeat one merge: the recipe.json in its directory, instead of --load-model-path and"
+        " --methods",
+        metavar="FILE",
+        aliases=["--from"],
+    )
     hparams: str = flag("hparams/merge.json", "JSON {method: {knob: value}}", metavar="FILE")
     scale: float | None = flag(
         None, "λ of the methods that have one, instead of --hparams'", type=float
@@ -230,8 +241,41 @@ class MergeConfig:
         type=float,
         metavar="X",
     )
+    search_density: list[float] = flag(
+        [], "with --search: choose the density of the methods that have one, too", type=float
+    )
     density: float | None = flag(
         None, "share of the entries that TIES keeps, instead of --hparams'", type=float
+    )
+    trim: str | None = flag(
+        None,
+        "TIES trims by one threshold for all entries of a task (global) or one a layer (tensor),"
+        " instead of --hparams'",
+        choices=("global", "tensor"),
+    )
+    weights: list[str] = flag(
+        [],
+        "weights of tasks in the average, task arithmetic and dare_linear, 1 for the others",
+        metavar="TASK=X",
+    )
+    dtype: str = flag(
+        "float32", "what merges are computed and stored in", choices=("float32", "float64")
+    )
+    max_num_samples: int = flag(
+        256, "training examples of each task that RegMean and Fisher look at", least=1
+    )
+    count_padding: bool = flag(False, "RegMean counts padding like text, as the release does")
+    export: list[str] = flag(
+        [],
+        "write every merge also as PEFT adapters, where its update has low rank, or as whole"
+        " transformers models; one for each task",
+        choices=("adapter", "model"),
+    )
+    rank: int | None = flag(
+        None,
+        "of --export adapter: at most so many, the nearest update of this rank",
+        type=int,
+        least=1,
     )
     diagnose: bool = flag(
         False, "measure how far adapters and merges shift each task's outputs: tables and plots"
@@ -254,12 +298,32 @@ class MergeConfig:
         wrong = [f"{scale:g}" for scale in self.search if not 0 < scale < math.inf]
         if wrong:
             problems.append(f"--search {' '.join(wrong)}: expected finite numbers above 0")
+        wrong = [f"{density:g}" for density in self.search_density if not 0 < density <= 1]
+        if wrong:
+            problems.append(f"--search-density {' '.join(wrong)}: expected numbers in (0, 1]")
+        if self.search_density and not self.search:
+            problems.append("--search-density needs --search, the grid of λ; give both")
+        if self.search_density and self.density is not None:
+            problems.append("--search-density and --density: give one of them")
         if self.search and self.scale is not None:
             problems.append("--search and --scale: both choose λ; give one of them")
         if self.diagnose and self.no_eval:
             problems.append("--diagnose needs the data that --no-eval leaves out; choose one")
         if self.search and self.no_eval:
             problems.append("--search and --no-eval: a search evaluates; give one of them")
+        if self.rank is not None and "adapter" not in self.export:
+            problems.append(f"--rank {self.rank}: only --export adapter has a rank; add it")
+        given = {
+            "--methods": self.methods,
+            "--search": self.search,
+            "--weights": self.weights,
+            "--scale": self.scale is not None,
+            "--density": self.density is not None,
+            "--trim": self.trim,
+        }
+        both = [name for name, value in given.items() if value and self.from_recipe]
+        if both:
+            problems.append(f"--from repeats a recipe as it is: leave {', '.join(both)} out")
         if problems:
             raise UserError("; ".join(problems))
 
@@ -267,11 +331,23 @@ class MergeConfig:
 def read_json(path: str | Path, field: str) -> Any:
     """The content of a JSON file that `field` (a flag or a key) names."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(
+            Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates
+        )
     except OSError as error:
         raise UserError(f"{field} {path}: {error.strerror}; name a JSON file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # broken, twice a key, or too deep
         raise UserError(f"{field} {path}: broken JSON ({error}); mend the file") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON: of two values with the same key, the first would be lost silently."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = max(keys, key=keys.count)
+        raise ValueError(f"{twice!r} occurs twice")
+    return content
 
 
 def per_task(path: str | Path, field: str, tasks: Iterable[str], kind: type) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -11,7 +12,15 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line that names the file, the field and the mend."""
+    """Bad input. The message is one line that names the file, the field and the mend.
+
+    What does not print in it, such as a line break in the name of a file or tensor, is escaped.
+    """
+
+    def __str__(self) -> str:
+        return "".join(
+            each if each.isprintable() else repr(each)[1:-1] for each in super().__str__()
+        )
 
 
 def first_line(error: Exception) -> str:
@@ -20,7 +29,7 @@ def first_line(error: Exception) -> str:
 
 
 def run_script(main: Callable[[], None]) -> int:
-    """Run `main`, its progress on stderr; bad input is one line there and exit code 2."""
+    """Run `main`, its progress on stderr; bad input or a full disk is one line and exit code 2."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("osrm").setLevel(logging.INFO)
     # Their warnings are about what every run does on purpose: a new head, a deprecated name
@@ -30,7 +39,13 @@ def run_script(main: Callable[[], None]) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    except Exception as error:
+        if isinstance(error, UserError):
+            problem = str(error)
+        elif os.strerror(errno.ENOSPC) in str(error):  # also in safetensors' own exception
+            problem = "the disk is full; free some space, or choose another --output-dir"
+        else:
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
         return 2
     return 0

@@ -369,8 +369,8 @@ def check_comparable(
         problems.append(f"it lacks {len(lacking)} layers ({lacking[0]}, ...)")
     if problems:
         raise UserError(
-            f"{file.path}: {'; '.join(problems)}; statistics of one bank must agree (also in --dtype:"
-            " the fingerprint is that of the weights as loaded): compute it again with these settings"
+            f"{file.path}: {'; '.join(problems)}; statistics of one bank must agree, also in the"
+            " --dtype that the weights were loaded in: compute it again with these settings"
         )
 
 

@@ -1,7 +1,12 @@
 """A merged model on disk: the updates by module, a head for each task, and the recipe.
 
 recipe.json                 inputs with checksums, method, knobs, versions, module names
-updates/0000.safetensors    one file a module: "shared", or one tensor a task
+updates/0000.safetensors    one file a module, of one of these forms:
+    shared                  one dense update for all tasks (out, in)
+    A, B, scaling           one update for all tasks, scaling · B A
+    unified, mask, rescaler EMR's: task t receives rescaler_t · mask_t · unified; a bit for each
+                            entry in mask (task, bytes), from the lowest of the first byte on
+    rows                    a dense update for each task (task, out, in)
 heads/<task>.safetensors    the task's own trained head
 """
 
@@ -12,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -21,37 +25,86 @@ from osrm.adapters import linear_weight, load_head
 from osrm.backbones import find_backbone, load_model, load_tokenizer
 from osrm.config import read_json
 from osrm.errors import UserError
-from osrm.merging import Updates
-from osrm.runs import staged, write_json
+from osrm.merging import Masked, Merged, Part, row
+from osrm.runs import staged, write_json, write_text
+from osrm.task_vectors import LoraPair
 
-RECIPE, SHARED = "recipe.json", "shared"
+RECIPE = "recipe.json"
 
 
 def save_merged(
     directory: Path,
-    updates: Updates,
+    merged: Merged,
     heads: Mapping[str, Mapping[str, Tensor]],
     recipe: Mapping[str, Any],
 ) -> None:
     """Write a merged model, one module at a time; it appears under its name when it is whole.
 
     Args:
-        updates: rows in the order of `heads`, which names the tasks.
+        heads: {task: the trained head}, in the order of the merge's tasks.
     """
     with staged(directory) as staging:
         for name in ("updates", "heads"):
             (staging / name).mkdir()
-        for number, module in enumerate(tqdm(updates, desc=directory.name, leave=False)):
-            stack = updates[module]
-            shared = len(stack) == 1 or stack.stride(0) == 0
-            rows = {SHARED: stack[0]} if shared else dict(zip(heads, stack))
+        for number, module in enumerate(tqdm(merged, desc=directory.name, leave=False)):
+            tensors = _tensors(merged.parts[module])
             save_file(
-                {name: row.contiguous() for name, row in rows.items()},
+                {name: each.contiguous() for name, each in tensors.items()},
                 staging / "updates" / _file(number),
             )
+        write_text(staging / "README.md", _card(recipe))
         for task, head in heads.items():
             save_file(dict(head), staging / "heads" / f"{task}.safetensors")
-        write_json(staging / RECIPE, {**recipe, "modules": list(updates)})
+        write_json(staging / RECIPE, {**recipe, "modules": list(merged)})
+
+
+def _card(recipe: Mapping[str, Any]) -> str:
+    """The model card: what this is, of what it was made, how to load and to repeat it."""
+    sources = "\n".join(f"- {task}: `{each['path']}`" for task, each in recipe["tasks"].items())
+    knobs = ", ".join(f"{name} {value}" for name, value in recipe["knobs"].items())
+    return f"""---
+base_model: {recipe["base"] or recipe["backbone"]}
+tags: [lora, merge, {recipe["method"]}]
+---
+
+# {recipe["method"]} of {", ".join(recipe["tasks"])}
+
+Merged with [{recipe["method"]}]({recipe["paper"]}){f" ({knobs})" if knobs else ""} from:
+
+{sources}
+
+A module that one of them does not adapt counts as a zero update there. `recipe.json` has the
+checksums of the inputs and the versions; `python merge.py --from recipe.json --output-dir NEW`
+repeats the merge byte for byte.
+
+```python
+from osrm import load_merged
+
+model = load_merged("path/of/this/directory", "{next(iter(recipe["tasks"]))}")
+```
+"""
+
+
+def _tensors(part: Part) -> dict[str, Tensor]:
+    """A part as it is stored."""
+    if isinstance(part, LoraPair):
+        # Apart, so that what is read is what was merged to the last bit.
+        scaling = torch.tensor(part.scaling, dtype=torch.float64)
+        return {"A": part.A, "B": part.B, "scaling": scaling}
+    if isinstance(part, Masked):
+        return vars(part)
+    return {"shared" if part.ndim == 2 else "rows": part}
+
+
+def _part(tensors: Mapping[str, Tensor]) -> Part:
+    """The part that is stored as these tensors."""
+    match {**tensors}:
+        case {"A": A, "B": B, "scaling": scaling}:
+            return LoraPair(A, B, float(scaling))
+        case {"unified": _}:
+            return Masked(**tensors)
+    (part,) = tensors.values()
+    return part
 
 
 def _file(number: int) -> str:
@@ -72,9 +125,11 @@ class MergedUpdate(Mapping[str, Tensor]):
         self.numbers = {name: number for number, name in enumerate(recipe["modules"])}
 
     def __getitem__(self, module: str) -> Tensor:
-        path = self.directory / "updates" / _file(self.numbers[module])
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(self.task if self.task in file.keys() else SHARED)  # noqa: SIM118
+        return row(self.part(module), list(self.recipe["tasks"]).index(self.task))
+
+    def part(self, module: str) -> Part:
+        """What all tasks receive in one module, as it is stored."""
+        return _part(load_file(self.directory / "updates" / _file(self.numbers[module])))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.numbers)

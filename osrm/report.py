@@ -6,6 +6,8 @@ Every number is recomputed from the scores in the files; nothing is trained or e
 from __future__ import annotations
 
 import argparse
+import csv
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -35,7 +37,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 def rows(
     metrics: Mapping[str, Mapping[str, Mapping[str, float]]],
     knobs: Mapping[str, Mapping[str, Any]],
-    seconds: Mapping[str, float],
+    costs: Mapping[str, Mapping[str, float]],
 ) -> list[dict[str, Any]]:
     """The rows of a results.json: each task's score, their average, the normalised average.
 
@@ -57,7 +59,7 @@ def rows(
                 "scores": by_task,
                 "average": mean(by_task.values()),
                 "normalised_average": mean(ratios) if ratios else None,
-                "merge_seconds": seconds.get(row),
+                **costs.get(row, {}),
                 "metrics": {task: dict(values) for task, values in metrics[row].items()},
             }
         )
@@ -76,11 +78,7 @@ def table(results: Sequence[Results]) -> str:
             cells = [f"{100 * number:.1f}" for number in numbers]
             cells.append("–" if ratio is None else f"{100 * ratio:.1f}")
             lines.append([each["init"], row_title(row), *cells])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
-        for line in lines
-    )
+    text = markdown(lines)
     scored = ", ".join(f"{task} {TASKS[task].score.replace('_', ' ')}" for task in tasks)
     return (
         f"{text}\n\nScores × 100: {scored}. Normalised: mean of each task's score divided by its"
@@ -88,9 +86,57 @@ def table(results: Sequence[Results]) -> str:
     )
 
 
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table of cells, the columns aligned."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
+        for line in lines
+    )
+
+
+def cost_table(results: Results) -> str:
+    """The Markdown table of what each merge has cost and kept."""
+    lines = [["row", "kept", "seconds", "peak memory, GiB", "size, MiB"]]
+    lines.append(["---", *["---:"] * 4])
+    for each in results["rows"]:
+        if "merge_seconds" in each:
+            numbers = ("kept", "merge_seconds", "merge_peak_gib", "size_mib")
+            lines.append([each["name"], *(f"{each[name]:.2f}" for name in numbers)])
+    conditions = [each["condition"] for each in results["rows"] if "condition" in each]
+    solved = (
+        f" RegMean's equations have condition numbers up to {max(conditions):.1e}."
+        if conditions
+        else ""
+    )
+    return (
+        f"{markdown(lines)}\n\nKept: ⟨merged, own⟩ / ‖own‖² of the update that a task receives and"
+        " its own, mean over the tasks. Size: of the stored update."
+        f"{solved} A layer that an adapter leaves out counts as a zero update of its task.\n"
+    )
+
+
+def write_csv(results: Results, path: Path) -> None:
+    """The table for spreadsheets and scripts, scores as they are."""
+    costs = ("kept", "merge_seconds", "merge_peak_gib", "size_mib")
+    tasks = list(results["tasks"])
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["init", "row", "knobs", *tasks, "average", "normalised_average", *costs])
+        for each in results["rows"]:
+            scores = [each["scores"][task] for task in tasks]
+            rest = [each["average"], each["normalised_average"], *map(each.get, costs)]
+            writer.writerow(
+                [results["init"], each["name"], json.dumps(each["knobs"]), *scores, *rest]
+            )
+
+
 def row_title(row: Mapping[str, Any]) -> str:
     """A method with its knobs, e.g. `ties (density 0.2, scale 1)`."""
-    knobs = ", ".join(f"{name} {value:g}" for name, value in row["knobs"].items())
+    knobs = ", ".join(
+        f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}"
+        for name, value in row["knobs"].items()
+    )
     return f"{row['name']} ({knobs})" if knobs else str(row["name"])
 
 
@@ -121,6 +167,27 @@ def plot(results: Sequence[Results], path: Path) -> None:
     axes.set_ylabel(f"average score of {len(results[0]['tasks'])} tasks (× 100)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(title="start of A", frameon=False, ncols=len(results), loc="outside upper right")
+    save(figure, path)
+
+
+def plot_tasks(results: Results, path: Path) -> None:
+    """Bars of every task's score: a field for each task, a bar for each row."""
+    rows, tasks = results["rows"][::-1], list(results["tasks"])
+    columns = min(4, len(tasks))
+    lines = -(-len(tasks) // columns)
+    size = (1.6 + 2.2 * columns, 0.8 + lines * (0.6 + 0.2 * len(rows)))
+    figure, fields = plt.subplots(
+        lines, columns, figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, task in zip(fields.flat, tasks):
+        heights = [100 * row["scores"][task] for row in rows]
+        bars = axes.barh(range(len(rows)), heights, color=COLOURS[0])
+        axes.bar_label(bars, fmt="%.0f", fontsize=7)
+        axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)
+        axes.set_title(f"{task}, {TASKS[task].score.replace('_', ' ')}", fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in [*fields.flat][len(tasks) :]:
+        axes.set_visible(False)
     save(figure, path)
 
 

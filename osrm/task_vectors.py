@@ -26,6 +26,11 @@ class LoraPair:
         """ΔW in float32."""
         return self.scaling * (self.B.float() @ self.A.float())
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of ΔW."""
+        return len(self.B), self.A.shape[1]
+
     @classmethod
     def project(
         cls, delta: Float[Tensor, "out in"], A: Float[Tensor, "rank in"], scaling: float
@@ -58,19 +63,27 @@ class TaskVectors(Mapping[str, Tensor]):
 
     @classmethod
     def stack(cls, tasks: Mapping[str, Mapping[str, Update]]) -> TaskVectors:
-        """The stack of {task: {module: update}}. Every update is made dense once, to check it.
+        """The stack of {task: {module: update}}; a task's update of a module it lacks is zero.
 
         Raises:
-            UserError: there are no tasks or no modules; tasks update different modules; shapes
-                differ or are no matrices; an update holds NaN or infinity. One line with all.
+            UserError: there are no tasks or no modules; shapes differ or are no matrices; an
+                update holds NaN or infinity. One line with all.
         """
-        problems = list(find_problems(tasks))
+        shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+        problems = list(find_problems(tasks, shapes))
         if problems:
             raise UserError(listed(problems, "; "))
-        modules = sorted(next(iter(tasks.values())))
-        return cls(
-            tuple(tasks), {name: tuple(tasks[task][name] for task in tasks) for name in modules}
-        )
+        updates = {}
+        for name in sorted(shapes):
+            out, width = shapes[name][1]
+            zero = LoraPair(torch.zeros(0, width), torch.zeros(out, 0), 1.0)
+            updates[name] = tuple(each.get(name, zero) for each in tasks.values())
+        return cls(tuple(tasks), updates)
+
+    def pairs(self, name: str) -> tuple[LoraPair, ...]:
+        """The tasks' factors; none if an update is dense."""
+        found = tuple(each for each in self.updates[name] if isinstance(each, LoraPair))
+        return found if len(found) == len(self.tasks) else ()
 
     def __getitem__(self, name: str) -> Float[Tensor, "task out in"]:
         return torch.stack([dense(update) for update in self.updates[name]])
@@ -93,29 +106,36 @@ def dense(update: Update) -> Tensor:
     return (update if isinstance(update, Tensor) else update()).float()
 
 
-def find_problems(tasks: Mapping[str, Mapping[str, Update]]) -> Iterator[str]:
-    """Why these updates cannot be stacked."""
+def find_problems(
+    tasks: Mapping[str, Mapping[str, Update]], shapes: dict[str, tuple[str, tuple[int, ...]]]
+) -> Iterator[str]:
+    """Why these updates cannot be stacked; notes in `shapes` the first task and shape of each."""
     if not any(tasks.values()):
         yield "nothing to stack: no task updates a module"
-        return
-    first, *others = tasks
-    for task in others:
-        differing = sorted(tasks[first].keys() ^ tasks[task].keys())
-        if differing:
-            names = listed(differing, ", ")
-            yield f"tasks {first!r} and {task!r} update different modules: [{names}]"
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {}
     for task, updates in tasks.items():
         for name, update in updates.items():
-            delta = dense(update)
-            owner, shape = expected.setdefault(name, (task, tuple(delta.shape)))
-            if delta.dim() != 2:
-                yield f"task {task!r}, module {name!r}: not a matrix but {tuple(delta.shape)}"
-            elif delta.shape != shape:
-                here = tuple(delta.shape)
-                yield f"module {name!r} is {shape} in task {owner!r} but {here} in task {task!r}"
-            elif not delta.isfinite().all():
+            shape, finite = _examined(update)
+            owner, expected = shapes.setdefault(name, (task, shape))
+            if len(shape) != 2:
+                yield f"task {task!r}, module {name!r}: not a matrix but {shape}"
+            elif shape != expected:
+                yield (
+                    f"module {name!r} is {expected} in task {owner!r} but {shape} in task {task!r}"
+                )
+            elif not finite:
                 yield f"task {task!r}, module {name!r}: the update holds NaN or infinity"
+
+
+@torch.no_grad()
+def _examined(update: Update) -> tuple[tuple[int, ...], bool]:
+    """Its shape, and whether it is finite; factors are multiplied only if that decides it."""
+    if isinstance(update, LoraPair):
+        peaks = [float(each.abs().max()) if each.numel() else 0.0 for each in (update.A, update.B)]
+        bound = abs(update.scaling) * len(update.A) * peaks[0] * peaks[1]
+        if bound < torch.finfo(torch.float32).max:
+            return update.shape, True
+    delta = dense(update)
+    return tuple(delta.shape), bool(delta.isfinite().all())
 
 
 def listed(items: Sequence[str], separator: str, most: int = 5) -> str:

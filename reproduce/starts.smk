@@ -12,6 +12,7 @@ MODEL = "--backbone minilm --max-seq-len 64 --max-train-samples 768 --max-eval-s
 TRAINING = "--dtype bfloat16 --lr 2e-3 --epochs 2 --per-device-train-bsz 16"
 STARTS = {
     "gaussian": "--init gaussian",
+    "gaussian-norm1": "--init gaussian --norm-match 1",
     "orthogonal": "--init orthogonal",
     "analytical-token": "--init analytical --features token",
     "analytical-sample": "--init analytical --features sample",
@@ -23,13 +24,12 @@ TRANSFORMS = {
     "gaussian-nullify0.3": "--transform nullify --kappa 0.3",
     "gaussian-project": "--transform project --init analytical",
 }
-# Once each: other κ, the norm alone, other ε.
+# Once each: other κ, other ε.
 MORE_TRANSFORMS = {
     "gaussian-nullify1": "--transform nullify --kappa 1",
     "gaussian-nullify3": "--transform nullify --kappa 3",
 }
 CONTROLS = {
-    "gaussian-norm1": "--init gaussian --norm-match 1",
     "contrastive-eps1e-1": "--init contrastive --epsilon 1e-1",
 }
 MOVED = TRANSFORMS | MORE_TRANSFORMS

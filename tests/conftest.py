@@ -21,11 +21,18 @@ NUMBERS = (
 install_import_hook([f"osrm.{name}" for name in NUMBERS], "beartype.beartype")
 
 import json
+import logging
 import random
+import re
+import runpy
+import sys
+import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
@@ -38,7 +45,10 @@ from transformers import (
     T5Config,
 )
 
+from osrm.errors import run_script
 from osrm.glue import TASKS
+
+ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)
 
@@ -152,3 +162,49 @@ def own_feature_cache(request, monkeypatch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(features, "cache_dir", lambda: folder)
     return folder
+
+
+def snapshot(folder: Path) -> dict[Path, bytes | None]:
+    """All files and directories below, and what is in them."""
+    return {
+        path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))
+    }
+
+
+def no_forward(*_: object) -> None:
+    raise AssertionError("bad input was found only after a model had begun to work")
+
+
+@pytest.fixture
+def refuse(tmp_path, monkeypatch, capfd, request):
+    """`refuse(script, argv, words)`: run it in `tmp_path`; it must refuse, as the title says."""
+
+    verbosity = transformers.logging.get_verbosity()
+
+    def refuse(script: str, argv: list[str], words: list[str]) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *argv])
+        monkeypatch.setattr(torch.nn.Linear, "forward", no_forward)
+        # As the script itself asks for, but here transformers has been imported long ago.
+        request.addfinalizer(partial(transformers.logging.set_verbosity, verbosity))
+        transformers.logging.set_verbosity_error()
+        # Progress goes to stderr as it does outside of pytest, which has handlers of its own.
+        monkeypatch.setattr(logging.root, "handlers", [])
+        before = snapshot(tmp_path)
+        capfd.readouterr()
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("default")
+            warnings.simplefilter("ignore", DeprecationWarning)
+            code = run_script(runpy.run_path(str(ROOT / script))["main"])
+        out, err = capfd.readouterr()
+        err = re.sub(r"\rLoading weights: [^\r\n]*", "", err).lstrip()
+        assert code == 2, err
+        assert len(err.splitlines()) == 1, err
+        assert not warned, [str(each.message) for each in warned]
+        assert err.startswith(f"{script}: error: "), err
+        missing = [word for word in words if word not in err]
+        assert not missing, f"{missing} not in: {err}"
+        assert out == "" and "Traceback" not in err
+        assert snapshot(tmp_path) == before, "it wrote something"
+
+    return refuse

@@ -1,10 +1,14 @@
 """Brute force in float64, one entry at a time: what each merging method has to give.
 
-Written from the published description alone. `updates` maps a module's name to an array (task,
-out, in); all modules together are one long vector a task. Every oracle returns the same form.
+Written from the published description alone: plain loops, and decompositions of whole dense
+matrices. `updates` maps a module's name to an array (task, out, in); all modules together are one
+long vector a task. Every oracle returns the same form.
 """
 
 import numpy as np
+
+CUT = 1e-6
+"""Singular values of at most so much of the largest count as zero."""
 
 
 def flatten(updates):
@@ -28,19 +32,38 @@ def unflatten(updates, vectors):
     return merged
 
 
-def average(updates):
+def shared(updates, merge_one):
+    """`merge_one(name, deltas)` of each module, the same for all tasks."""
+    merged = {}
+    for name, deltas in updates.items():
+        one = merge_one(name, np.asarray(deltas, dtype=np.float64))
+        merged[name] = np.stack([one] * len(deltas))
+    return merged
+
+
+def average(updates, weights=None):
     vectors = flatten(updates)
-    merged = np.array([sum(entries) / len(entries) for entries in zip(*vectors)])
-    return unflatten(updates, [merged] * len(vectors))
+    weights = weights or [1] * len(vectors)
+    merged = []
+    for entries in zip(*vectors):
+        merged.append(sum(w * entry for w, entry in zip(weights, entries)) / sum(weights))
+    return unflatten(updates, [np.array(merged)] * len(vectors))
 
 
-def task_arithmetic(updates, scale):
+def task_arithmetic(updates, scale, weights=None):
     vectors = flatten(updates)
-    merged = np.array([scale * sum(entries) for entries in zip(*vectors)])
-    return unflatten(updates, [merged] * len(vectors))
+    weights = weights or [1] * len(vectors)
+    merged = []
+    for entries in zip(*vectors):
+        merged.append(scale * sum(w * entry for w, entry in zip(weights, entries)))
+    return unflatten(updates, [np.array(merged)] * len(vectors))
 
 
-def ties(updates, density, scale):
+def ties(updates, density, scale, trim="global"):
+    if trim == "tensor":
+        alone = {name: {name: deltas} for name, deltas in updates.items()}
+        return {name: ties(one, density, scale)[name] for name, one in alone.items()}
+
     vectors = flatten(updates)
     trimmed = []
     for vector in vectors:
@@ -87,3 +110,105 @@ def emr(updates):
             start = end
         received.append(masked[t] * (own / unified) if unified > 0 else np.zeros(size))
     return unflatten(updates, received)
+
+
+def fisher(updates, information):
+    """`information` has the form of `updates`."""
+    vectors, informed = flatten(updates), flatten(information)
+    norms = [sum(vector**2) ** 0.5 + 1e-6 for vector in informed]
+    merged = []
+    for entries, values in zip(zip(*vectors), zip(*informed)):
+        importance = [(value + 1e-6) / norm for value, norm in zip(values, norms)]
+        weighted = [f * entry for f, entry in zip(importance, entries)]
+        merged.append(sum(weighted) / sum(importance))
+    return unflatten(updates, [np.array(merged)] * len(vectors))
+
+
+def second_moment(rows, ridge, off_diagonal):
+    """E[h h^T] of the rows h, with a lesser off-diagonal and a ridge."""
+    rows = np.asarray(rows, dtype=np.float64)
+    moment = sum(np.outer(row, row) for row in rows) / len(rows)
+    width = len(moment)
+    mean = sum(moment[i, i] for i in range(width)) / width
+    for i in range(width):
+        for j in range(width):
+            if i != j:
+                moment[i, j] *= off_diagonal
+        moment[i, i] += ridge * mean
+    return moment
+
+
+def regmean(updates, rows, ridge, off_diagonal):
+    """`rows` maps a module's name to an array of inputs for each task."""
+
+    def merge_one(name, deltas):
+        moments = [second_moment(each, ridge, off_diagonal) for each in rows[name]]
+        weighted = sum(delta @ moment for delta, moment in zip(deltas, moments))
+        return weighted @ np.linalg.inv(sum(moments))
+
+    return shared(updates, merge_one)
+
+
+def svd(matrix):
+    """Without the directions of singular value zero."""
+    U, values, Vh = np.linalg.svd(matrix, full_matrices=False)
+    there = [i for i, value in enumerate(values) if value > CUT * values[0]]
+    return U[:, there], values[there], Vh[there]
+
+
+def polar(columns):
+    """The nearest matrix with orthonormal columns, or of as many as the rank of these."""
+    P, _, Qh = svd(columns)
+    return P @ Qh
+
+
+def knots_ties(updates, density, scale, trim="global"):
+    bases, coordinates = {}, {}
+    for name, deltas in updates.items():
+        bases[name], _, _ = svd(np.concatenate(list(deltas), axis=1))
+        coordinates[name] = np.stack([bases[name].T @ delta for delta in deltas])
+    merged = ties(coordinates, density, scale, trim)
+    return shared(updates, lambda name, _: bases[name] @ merged[name][0])
+
+
+def core_space(updates, factors, inner, scale, density=0.2, trim="tensor"):
+    """`factors` maps a module's name to [(B, A) of each task], whose products are the updates."""
+    left, right, cores = {}, {}, {}
+    for name, deltas in updates.items():
+        left[name], _, _ = svd(np.concatenate([B for B, _ in factors[name]], axis=1))
+        _, _, right[name] = svd(np.concatenate([A for _, A in factors[name]]))
+        cores[name] = np.stack([left[name].T @ delta @ right[name].T for delta in deltas])
+    if inner == "task_arithmetic":
+        merged = task_arithmetic(cores, scale)
+    elif inner == "ties":
+        merged = ties(cores, density, scale, trim)
+    elif inner == "tsv":
+        rooms = {name: min(deltas[0].shape) // len(deltas) for name, deltas in updates.items()}
+        merged = tsv(cores, scale, rooms)
+    return shared(updates, lambda name, _: left[name] @ merged[name][0] @ right[name])
+
+
+def tsv(updates, scale, rooms=None):
+    """`rooms` says how many singular triples of a task count, where it is not for the shape to."""
+
+    def merge_one(name, deltas):
+        room = max(1, rooms[name] if rooms else min(deltas[0].shape) // len(deltas))
+        left, values, right = [], [], []
+        for delta in deltas:
+            U, S, Vh = svd(delta)
+            left.append(U[:, :room])
+            values.append(S[:room])
+            right.append(Vh[:room].T)
+        U, V = (polar(np.concatenate(each, axis=1)) for each in (left, right))
+        return scale * U @ np.diag(np.concatenate(values)) @ V.T
+
+    return shared(updates, merge_one)
+
+
+def iso_c(updates, scale):
+    def merge_one(name, deltas):
+        U, values, Vh = svd(sum(deltas))
+        mean = sum(values) / max(1, len(values))
+        return scale * mean * U @ Vh
+
+    return shared(updates, merge_one)

@@ -18,7 +18,9 @@ from osrm.adapters import (
     write_head,
 )
 from osrm.backbones import head_names, projections
+from osrm.checkpoints import Checkpoint, check_fits
 from osrm.errors import UserError
+from osrm.task_vectors import dense
 
 FAMILIES = ["roberta", "bert", "mpnet", "distilbert", "t5", "llama"]
 HEADS = {
@@ -134,6 +136,61 @@ def test_the_update_is_the_one_that_peft_merges(tiny, tmp_path, options):
         torch.testing.assert_close(pair.delta, merged[name].weight - weights[name])
 
 
+@pytest.mark.filterwarnings("ignore:Adapter .* invalid shape")  # PEFT expects no vector in lora_B
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lora_bias": True},
+        {"lora_bias": True, "use_rslora": True},
+        {"lora_bias": True, "rank_pattern": {"value": 2}, "alpha_pattern": {"0.*query": 3}},
+    ],
+    ids=str,
+)
+def test_under_the_update_the_base_gives_the_outputs_of_the_peft_model(
+    tiny, tmp_path, options, dtype
+):
+    config = LoraConfig(r=4, lora_alpha=7, target_modules=["query", "value"], **options)
+    model = get_peft_model(load(tiny["roberta"]), config).eval()
+    randomise(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.to(dtype)
+    model.save_pretrained(tmp_path)
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    expected = logits(model)
+
+    updates, _, _ = read_adapter(tmp_path)
+    biases = {name: update for name, update in updates.items() if name.endswith(".bias")}
+    assert len(updates) == (8 if "lora_bias" in options else 4) == 4 + len(biases)
+    assert all(b.shape == (32, 1) and b.dtype == torch.float32 for b in biases.values())
+    ours = load(tiny["roberta"])
+    before = {key: tensor.clone() for key, tensor in ours.state_dict().items()}
+    with applied(ours, {name: dense(update) for name, update in updates.items()}):
+        torch.testing.assert_close(logits(ours), expected, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in ours.state_dict().items())
+    head = {key: tensor for key, tensor in before.items() if key.startswith("classifier")}
+    check_fits(Checkpoint(tmp_path, dict(updates), head, None, {}), ours)
+
+
+def test_a_bias_is_added_only_where_there_is_one_of_its_size(tiny, tmp_path):
+    roberta, llama = load(tiny["roberta"]), load(tiny["llama"])
+    query = projections(roberta, "q", 2)[0]
+    name = projections(llama, "q", 2)[0]
+    for model, update in (
+        (llama, {f"{name}.bias": torch.ones(32, 1)}),
+        (roberta, {f"{query}.bias": torch.ones(3, 1)}),
+        (roberta, {"roberta.embeddings.LayerNorm.bias": torch.ones(32, 1)}),
+    ):
+        layer = next(iter(update)).removesuffix(".bias")
+        with pytest.raises(ValueError, match=layer), applied(model, update):
+            pass
+        with pytest.raises(UserError, match=layer):
+            check_fits(Checkpoint(tmp_path, update, {}, None, {}), model)
+
+
 def _linear(model):
     return [
         (name, module)
@@ -147,7 +204,6 @@ def _linear(model):
     [
         {"use_dora": True},
         {"bias": "lora_only"},
-        {"lora_bias": True},
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "olora"},
     ],

@@ -8,13 +8,20 @@ import numpy as np
 import pytest
 import torch
 
+from osrm.checkpoints import load_adapters
 from osrm.features import batches_by_length
+from osrm.merged import MergedUpdate
 
-SPEC = importlib.util.spec_from_file_location(
-    "benchmark", Path(__file__).parents[1] / "benchmarks" / "starts.py"
-)
-benchmark = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(benchmark)
+
+def script(name: str):
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+benchmark, merging = script("starts"), script("merging")
 
 
 @pytest.mark.parametrize(
@@ -89,3 +96,22 @@ def test_batches_by_length(batch_size):
         assert 1 <= len(batch) <= batch_size
         assert max(lengths[i] for i in batch) <= 1.3 * min(lengths[i] for i in batch)
     assert batches_by_length([], batch_size) == []
+
+
+def test_what_is_timed_beside_peft_computes_the_same(tmp_path):
+    """Task arithmetic with λ = 0.3 is PEFT's "cat", and both write it."""
+    merging.write_adapters("roberta", 1, 2, tmp_path)
+    assert merging.ours("task_arithmetic", tmp_path, tmp_path / "ours") > 0
+    assert merging.peft("cat", tmp_path, tmp_path / "peft", 1) > 0
+    ours = MergedUpdate(tmp_path / "ours" / "task_arithmetic", "rte")
+    theirs = load_adapters({"merged": tmp_path / "peft" / "merged"})
+    assert [*ours] == [*theirs] == sorted(merging.shapes("roberta", 1))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name][0], rtol=0, atol=5e-5)
+        assert ours[name].abs().max() > 1e-3
+
+
+def test_adapters_of_llama_have_its_shapes(tmp_path):
+    merging.write_adapters("llama", 1, 2, tmp_path)
+    updates = load_adapters({"rte": tmp_path / "rte"})
+    assert {name: tuple(updates[name][0].shape) for name in updates} == merging.shapes("llama", 1)

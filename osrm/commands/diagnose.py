@@ -15,6 +15,7 @@ from osrm.glue import collator, fingerprint
 from osrm.interference import diagnose
 from osrm.merged import MergedUpdate
 from osrm.runs import write_json, write_text
+from osrm.task_vectors import LoraPair
 
 if TYPE_CHECKING:
     from osrm.commands.merge import Evaluation, Inputs
@@ -33,7 +34,11 @@ def diagnose_merges(
     model = evaluation.model(next(iter(inputs.checkpoints)))
     modules = [name for name, _ in model.named_modules() if name in inputs.vectors]
     starts = {
-        task: {name: pair.A for name, pair in read_adapter(each.path / "init_model")[0].items()}
+        task: {
+            name: update.A
+            for name, update in read_adapter(each.path / "init_model")[0].items()
+            if isinstance(update, LoraPair)
+        }
         for task, each in inputs.checkpoints.items()
         if (each.path / "init_model" / CONFIG).exists()
     }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import re
+import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean
@@ -28,9 +31,11 @@ from osrm.checkpoints import (
     read_checkpoint,
 )
 from osrm.commands.diagnose import FILES, diagnose_merges
+from osrm.commands.statistics import collect_statistics
 from osrm.config import MergeConfig, TrainConfig, read_json
 from osrm.errors import UserError
 from osrm.evaluation import evaluate
+from osrm.export import export_adapter, export_model
 from osrm.glue import (
     TASKS,
     find_tasks,
@@ -41,17 +46,22 @@ from osrm.glue import (
     validation_splits,
 )
 from osrm.merged import RECIPE, MergedUpdate, save_merged
-from osrm.merging import METHODS, check_knobs, merge
+from osrm.merging import METHODS, check_knobs, merge, row
+from osrm.merging.regmean import condition
 from osrm.runs import check_output, environment, staged, write_json, write_text
 from osrm.task_vectors import TaskVectors, dense
 
 logger = logging.getLogger(__name__)
 
+SETTINGS = ("dtype", "max_num_samples", "count_padding")
+"""The flags that a merge depends on beside its inputs and knobs: --from takes the recipe's."""
+
 Scores = dict[str, dict[str, dict[str, float]]]
 """{row of the table: {task: {metric: value}}}"""
 
 Search = dict[str, Any]
-"""One method's {"chosen_on", "grid": [λ], "scores": {task: [score]}, "average", "best": λ}."""
+"""One method's {"chosen_on", "grid": [λ], "scores": {task: [score]}, "average", "best": λ, "knobs":
+what else was chosen, such as {"density": 0.2}: all of the best density alone}."""
 
 Splits = dict[str, dict[str, Dataset]]
 """{task: {suffix of the metrics: tokenised examples}}"""
@@ -71,26 +81,50 @@ class Inputs:
 
 def run(config: MergeConfig) -> None:
     """Run merge.py: read, merge and save with each method, search for λ, evaluate, print."""
-    methods = choose_methods(config)
+    source = read_recipe(config) if config.from_recipe else None
+    if source:
+        config = replace(
+            config,
+            backbone=config.backbone or source["backbone"],
+            **{name: source[name] for name in SETTINGS if name in source},
+        )
+    methods = {source["method"]: source["knobs"]} if source else choose_methods(config)
     directory = Path(config.output_dir)
     check_replaceable(directory, config.overwrite)
-    inputs = read_inputs(config)
-    evaluation = None if config.no_eval else prepare(config, inputs)
-    recipe = base_recipe(inputs)
+    inputs = read_inputs(config, source)
+    looking = [name for name in methods if METHODS[name].needs]
+    if looking and (biases := [name for name in inputs.vectors if name.endswith(".bias")]):
+        raise UserError(
+            f"--methods {' '.join(looking)}: they look at what enters a layer, and"
+            f" {biases[0].removesuffix('.bias')} has an update of its bias, too (lora_bias); leave"
+            " them out"
+        )
+    if config.weights:
+        add_weights(methods, config.weights, [*inputs.checkpoints])
+    evaluation = None if config.no_eval else prepare(config, inputs, methods)
+    recipe = base_recipe(config, inputs)
     with staged(directory) as staging:
         search: dict[str, Search] = {}
-        seconds = save_all(staging, methods, inputs, recipe, search)
+        merger = Merger(inputs, evaluation, recipe, staging)
+        if source and "search" in source:
+            search = {source["method"]: source["search"]}
+        merger.save(methods, search)
         if evaluation and config.search:
-            search = search_scales(config.search, evaluation, inputs, staging, methods)
-            best = {name: {**methods[name], "scale": search[name]["best"]} for name in search}
-            seconds |= save_all(staging, best, inputs, recipe, search)
+            search = search_knobs(config, evaluation, merger, methods)
+            best = {
+                name: {**methods[name], **found["knobs"], "scale": found["best"]}
+                for name, found in search.items()
+            }
+            merger.save(best, search)
             methods |= best
+        for kind in config.export:
+            export_all(kind, staging, [*methods], [*inputs.checkpoints], config.rank)
         if evaluation:
             scores = evaluate_all(evaluation, inputs, staging, [*methods])
             results = {
                 "init": common_init(inputs),
                 "backbone": inputs.backbone,
-                "rows": report.rows(scores, methods, seconds),
+                "rows": report.rows(scores, methods, merger.costs),
                 "search": search,
                 "evaluation": evaluation.settings,
                 **recipe,
@@ -111,7 +145,15 @@ def check_replaceable(directory: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"--output-dir {directory} exists; choose another, or add --overwrite")
-    ours = {"results.json", "results.md", "results.png", "search.png", *FILES}
+    ours = {
+        "results.json",
+        "results.md",
+        "results.csv",
+        "results.png",
+        "tasks.png",
+        "search.png",
+        *FILES,
+    }
     foreign = [
         path.name
         for path in directory.iterdir()
@@ -132,38 +174,52 @@ def choose_methods(config: MergeConfig) -> dict[str, dict[str, Any]]:
     table = read_json(config.hparams, "--hparams")
     if not isinstance(table, dict) or not all(isinstance(knobs, dict) for knobs in table.values()):
         raise UserError(f"--hparams {config.hparams}: expected {{method: {{knob: value}}}}")
-    flags = {"scale": 1.0 if config.search else config.scale, "density": config.density}
+    flags = {
+        "scale": 1.0 if config.search else config.scale,
+        "density": config.density,
+        "trim": config.trim,
+    }
     methods = {}
     problems = []
-    if not (config.methods or table):
+    names = config.methods
+    if names in ([], ["all"]):
+        blind = [name for name in table if name in METHODS and METHODS[name].needs]
+        names = [name for name in table if not (config.no_eval and name in blind)]
+    if not names:
         problems.append("no method; name one")
-    for name in config.methods or table:
+    for name in names:
         takes = METHODS[name].knobs if name in METHODS else ()
         given = {knob: flags[knob] for knob in takes if flags.get(knob) is not None}
         methods[name] = {**table.get(name, {}), **given}
         try:
             check_knobs(name, methods[name])
+            if METHODS[name].needs and config.no_eval:
+                problems.append(f"{name} looks at data, which --no-eval leaves out")
         except UserError as error:
             problems.append(str(error))
     for knob, value in flags.items():
         if value is not None and methods and not any(knob in each for each in methods.values()):
-            named = "--search" if config.search and knob == "scale" else f"--{knob} {value:g}"
+            named = "--search" if config.search and knob == "scale" else f"--{knob} {value}"
             problems.append(f"{named}: none of {', '.join(methods)} has the knob '{knob}'")
     if problems:
         raise UserError(f"--methods, --hparams {config.hparams}: {'; '.join(problems)}")
     return methods
 
 
-def read_inputs(config: MergeConfig) -> Inputs:
-    """Read and compare the checkpoints of --load-model-path.
+def read_inputs(config: MergeConfig, recipe: Mapping[str, Any] | None = None) -> Inputs:
+    """Read and compare the checkpoints of --load-model-path, or of a recipe.
 
     Raises:
         UserError: see `named_directories`, `read_checkpoint` and `TaskVectors.stack`; checkpoints
             of different bases; task names that are not GLUE's, unless --no-eval; a head that does
             not fit the task.
     """
-    where = f"--load-model-path {config.load_model_path}"
-    directories = named_directories(config.load_model_path, None)
+    if recipe:
+        where = f"--from {config.from_recipe}"
+        directories = {task: Path(each["path"]) for task, each in recipe["tasks"].items()}
+    else:
+        where = f"--load-model-path {config.load_model_path}"
+        directories = named_directories(config.load_model_path, None)
     if not config.no_eval:
         find_tasks(directories, where)
     odd = [task for task in directories if not re.fullmatch(r"\w[\w.-]*", task)]
@@ -191,6 +247,8 @@ def read_inputs(config: MergeConfig) -> Inputs:
     backbone = config.backbone or next((name for name in named if name), None)
     if backbone is None and not config.no_eval:
         raise UserError(f"{where}: nothing says what the base model is; add --backbone")
+    if backbone is None and "model" in config.export:
+        raise UserError(f"{where}: --export model needs the base model; add --backbone")
     vectors = TaskVectors.stack({task: each.updates for task, each in checkpoints.items()})
     return Inputs(checkpoints, vectors, labels, backbone)
 
@@ -228,10 +286,75 @@ def head_labels(task: str, checkpoint: Checkpoint, config: MergeConfig) -> tuple
     return tuple(f"LABEL_{i}" for i in range(outputs)) if outputs != 1 else ()
 
 
-def base_recipe(inputs: Inputs) -> dict[str, Any]:
+def read_recipe(config: MergeConfig) -> dict[str, Any]:
+    """The recipe.json of --from, checked.
+
+    Raises:
+        UserError: it is none; an input has changed since.
+    """
+    where = f"--from {config.from_recipe}"
+    recipe = read_json(str(config.from_recipe), "--from")
+    match recipe:
+        case {
+            "method": str(method),
+            "knobs": dict(knobs),
+            "dtype": "float32" | "float64",
+            "max_num_samples": int(),
+            "count_padding": bool(),
+            "backbone": str() | None,
+            "tasks": dict(tasks),
+        } if tasks and all(
+            isinstance(each, dict) and {"path", "sha256"} <= each.keys() for each in tasks.values()
+        ):
+            check_knobs(method, knobs)
+        case _:
+            raise UserError(f"{where}: no recipe.json of a merge; name one in a method's directory")
+    for task, each in tasks.items():
+        path = Path(str(each["path"]))
+        if not path.is_dir():
+            raise UserError(f"{where}: '{task}': no directory {path}; put the adapter back there")
+        if checksum(path) != each["sha256"]:
+            raise UserError(
+                f"{where}: '{task}': the weights in {path} are no longer those of the recipe; put"
+                " those back, or merge anew with --load-model-path"
+            )
+    return recipe
+
+
+def add_weights(
+    methods: Mapping[str, dict[str, Any]], given: Iterable[str], tasks: list[str]
+) -> None:
+    """Put the --weights into the knobs of every method that has some.
+
+    Raises:
+        UserError: they are not TASK=X, of other tasks, or no method takes them.
+    """
+    weights = dict.fromkeys(tasks, 1.0)
+    problems = []
+    for each in given:
+        task, _, number = each.partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if task not in weights or not math.isfinite(weight):
+            problems.append(f"'{each}': expected TASK=X with X a number and TASK of {tasks}")
+        weights[task] = weight
+    takers = [name for name in methods if "weights" in METHODS[name].knobs]
+    if not takers:
+        problems.append(f"none of {', '.join(methods)} takes weights")
+    if problems:
+        raise UserError(f"--weights: {'; '.join(problems)}")
+    for name in takers:
+        methods[name]["weights"] = list(weights.values())
+
+
+def base_recipe(config: MergeConfig, inputs: Inputs) -> dict[str, Any]:
     """What all methods' recipes share: the inputs with checksums, and the versions."""
     return {
         "backbone": inputs.backbone,
+        "base": next((each.base for each in inputs.checkpoints.values() if each.base), None),
+        **{name: getattr(config, name) for name in SETTINGS},
         "tasks": {
             task: {
                 "path": str(each.path),
@@ -244,32 +367,125 @@ def base_recipe(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def save_all(
-    directory: Path,
-    methods: Mapping[str, dict[str, Any]],
-    inputs: Inputs,
-    recipe: Mapping[str, Any],
-    search: Mapping[str, Search],
-) -> dict[str, float]:
-    """Merge and save with each method, in place of an earlier one; {method: seconds}."""
-    heads = {task: each.head for task, each in inputs.checkpoints.items()}
-    seconds = {}
-    for name, knobs in methods.items():
-        begin = time.perf_counter()
-        whole = {"method": name, "paper": METHODS[name].paper, "knobs": knobs, **recipe}
-        if name in search:
-            whole["search"] = search[name]
-        save_merged(directory / name, merge(name, inputs.vectors, **knobs), heads, whole)
-        seconds[name] = time.perf_counter() - begin
-        logger.info("%s: %d tasks merged in %.1f s", name, len(heads), seconds[name])
-    return seconds
+class Merger:
+    """Merges and saves with one method after the other; notes what each has cost."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        evaluation: Evaluation | None,
+        recipe: Mapping[str, Any],
+        directory: Path,
+    ) -> None:
+        self.inputs, self.evaluation = inputs, evaluation
+        self.recipe, self.directory = recipe, directory
+        self.costs: dict[str, dict[str, float]] = {}
+        """{method: {"merge_seconds", "merge_peak_gib", "size_mib"[, "kept", "condition"]}}"""
+
+    def save(
+        self,
+        methods: Mapping[str, dict[str, Any]],
+        search: Mapping[str, Search] | None = None,
+    ) -> None:
+        """Merge and save with each method, in place of an earlier one."""
+        heads = {task: each.head for task, each in self.inputs.checkpoints.items()}
+        dtype = getattr(torch, self.recipe["dtype"])
+        for name, knobs in methods.items():
+            needs = METHODS[name].needs
+            statistics = self.statistics(needs) if needs else None
+            whole = {"method": name, "paper": METHODS[name].paper, "knobs": knobs, **self.recipe}
+            if search and name in search:
+                whole["search"] = search[name]
+            reset_peak_memory()
+            begin = time.perf_counter()
+            merged = merge(name, self.inputs.vectors, statistics=statistics, dtype=dtype, **knobs)
+            save_merged(self.directory / name, merged, heads, whole)
+            seconds, peak = time.perf_counter() - begin, peak_memory()
+            files = (self.directory / name / "updates").iterdir()
+            size = sum(path.stat().st_size for path in files) / 2**20
+            self.costs[name] = {
+                "merge_seconds": seconds,
+                "merge_peak_gib": peak,
+                "size_mib": size,
+            }
+            if self.evaluation:
+                self.costs[name]["kept"] = self.kept(name)
+            if needs == "moments":
+                assert statistics is not None
+                self.costs[name]["condition"] = max(
+                    condition(statistics[module], **knobs) for module in self.inputs.vectors
+                )
+            logger.info(
+                "%s: %d tasks merged in %.1f s, peak memory %.2f GiB, update of %.1f MiB",
+                *(name, len(heads), seconds, peak, size),
+            )
+
+    def kept(self, method: str) -> float:
+        """⟨received, own⟩ / ‖own‖² of the tasks' updates, mean over the tasks."""
+        vectors = self.inputs.vectors
+        saved = MergedUpdate(self.directory / method, vectors.tasks[0])
+        products = torch.zeros(2, len(vectors.tasks), dtype=torch.float64)
+        for module in vectors:
+            own, part = vectors[module], saved.part(module)
+            for task, delta in enumerate(own):
+                received = row(part, task)
+                products[0, task] += (received * delta).sum(dtype=torch.float64)
+                products[1, task] += delta.square().sum(dtype=torch.float64)
+        return float((products[0] / products[1]).nanmean())
+
+    @cache  # noqa: B019  (one merger a run)
+    def statistics(self, needs: str) -> Mapping[str, Any]:
+        """What methods of these needs look at beside the updates."""
+        assert self.evaluation is not None
+        modules = [*self.inputs.vectors]
+        return collect_statistics(needs, self.evaluation, self.inputs.checkpoints, modules)
+
+
+def reset_peak_memory() -> None:
+    """Let the peak begin anew; only Linux can."""
+    switch = Path("/proc/self/clear_refs")
+    if os.access(switch, os.W_OK):
+        switch.write_text("5")
+
+
+def peak_memory() -> float:
+    """Peak of this process's resident memory, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def export_all(
+    kind: str, directory: Path, methods: list[str], tasks: list[str], rank: int | None
+) -> None:
+    """Write every merge in another format, where it has one: <method>/adapters or models/<task>."""
+    for method in methods:
+        for task in tasks:
+            merged = MergedUpdate(directory / method, task)
+            target = directory / method / f"{kind}s" / task
+            if kind == "model":
+                export_model(merged, target)
+                continue
+            try:
+                found = export_adapter(merged, target, rank)
+            except UserError as error:
+                logger.warning("%s", error)
+                break
+            if task == tasks[0]:
+                write_json(directory / method / "adapters" / "truncation.json", found)
+                logger.info(
+                    "%s: adapters of rank %d, relative error %.2g",
+                    *(method, found["rank"], found["error"]),
+                )
 
 
 def write_results(directory: Path, results: dict[str, Any]) -> None:
     """results.json, the table and the plots."""
     write_json(directory / "results.json", results)
-    write_text(directory / "results.md", report.table([results]))
+    write_text(
+        directory / "results.md", report.table([results]) + "\n" + report.cost_table(results)
+    )
+    report.write_csv(results, directory / "results.csv")
     report.plot([results], directory / "results.png")
+    report.plot_tasks(results, directory / "tasks.png")
     if results["search"]:
         report.plot_search(results["search"], directory / "search.png")
 
@@ -291,6 +507,9 @@ class Evaluation:
     reported: Splits
     held_out: Splits
     """What chooses λ; empty without --search."""
+    train: dict[str, Dataset]
+    """{task: training examples} for RegMean and Fisher; empty without them."""
+    count_padding: bool
 
     def model(self, task: str) -> Any:
         """The pre-trained model with a new head for the task."""
@@ -304,7 +523,7 @@ class Evaluation:
         return evaluate(model, TASKS[task], splits[task], self.tokenizer, batch_size, title)
 
 
-def prepare(config: MergeConfig, inputs: Inputs) -> Evaluation:
+def prepare(config: MergeConfig, inputs: Inputs, methods: Iterable[str]) -> Evaluation:
     """Load tokenizer and data, and see that every update and head fits the base model.
 
     Raises:
@@ -314,7 +533,8 @@ def prepare(config: MergeConfig, inputs: Inputs) -> Evaluation:
     tokenizer = load_tokenizer(backbone)
     defaults = {each.name: each.default for each in fields(TrainConfig)}
     defaults["data_dir"] = backbone.data_dir
-    settings, reported, held_out = {}, {}, {}
+    settings, reported, held_out, train = {}, {}, {}, {}
+    trains = any(METHODS[name].needs for name in methods)
     for name, checkpoint in inputs.checkpoints.items():
         names = ("data_dir", "max_seq_len", "max_test_samples", "seed")
         chosen = {each: checkpoint.args.get(each, defaults[each]) for each in names}
@@ -322,7 +542,9 @@ def prepare(config: MergeConfig, inputs: Inputs) -> Evaluation:
             if getattr(config, each) is not None:
                 chosen[each] = getattr(config, each)
         settings[name] = {**chosen, "batch_size": config.per_device_eval_bsz}
-        loaded = load_task(TASKS[name], chosen["data_dir"], validation_only=not config.search)
+        loaded = load_task(
+            TASKS[name], chosen["data_dir"], validation_only=not (config.search or trains)
+        )
         splits = validation_splits(loaded, chosen["max_test_samples"], chosen["seed"])
         encode = partial(
             tokenize, task=TASKS[name], tokenizer=tokenizer, max_seq_len=chosen["max_seq_len"]
@@ -332,7 +554,13 @@ def prepare(config: MergeConfig, inputs: Inputs) -> Evaluation:
             part = held_out_part(name, checkpoint, loaded)
             settings[name]["held_out_examples"] = len(part)
             held_out[name] = {"": encode(part)}
-    evaluation = Evaluation(backbone, tokenizer, settings, reported, held_out)
+        if trains:
+            settings[name]["statistics_examples"] = config.max_num_samples
+            most = config.max_num_samples
+            train[name] = encode(split_task(loaded, chosen["seed"], max_train=most).train)
+    evaluation = Evaluation(
+        backbone, tokenizer, settings, reported, held_out, train, config.count_padding
+    )
     for name, checkpoint in inputs.checkpoints.items():
         check_fits(checkpoint, evaluation.model(name))
     return evaluation
@@ -381,31 +609,43 @@ class Rescaled(Mapping[str, Tensor]):
         return len(self.update)
 
 
-def search_scales(
-    candidates: Iterable[float],
+def search_knobs(
+    config: MergeConfig,
     evaluation: Evaluation,
-    inputs: Inputs,
-    merged: Path,
-    methods: Iterable[str],
+    merger: Merger,
+    methods: Mapping[str, dict[str, Any]],
 ) -> dict[str, Search]:
-    """The λ of each method that has one, chosen by the average score on held-out data.
+    """The λ, and density, of each method that has them, by the average score on held-out data.
 
-    Args:
-        merged: has each method's updates with λ = 1; they are linear in λ, so this one is enough.
+    Each density is merged once, with λ = 1: updates are linear in λ. `methods` are merged already;
+    the directory of one holds its last candidate afterwards.
     """
-    grid = sorted(set(candidates))
-    scaled = [method for method in methods if "scale" in METHODS[method].knobs]
-    scores = {
-        task: held_out_scores(evaluation, task, checkpoint.head, merged, scaled, grid)
-        for task, checkpoint in inputs.checkpoints.items()
-    }
-    search = {
-        method: choose_scale(grid, {task: found[method] for task, found in scores.items()})
-        for method in scaled
-    }
-    for method, found in search.items():
-        logger.info("%s: λ = %g is the best of %s on held-out data", method, found["best"], grid)
-    return search
+    grid = sorted(set(config.search))
+    best: dict[str, Search] = {}
+    densities: list[float] | list[None] = sorted(set(config.search_density)) or [None]
+    for density in densities:
+        tried: dict[str, dict[str, Any]] = {}
+        for name in methods:
+            takes = METHODS[name].knobs
+            if "scale" in takes and density is not None and "density" in takes:
+                tried[name] = {"density": density}
+            elif "scale" in takes and name not in best:
+                tried[name] = {}
+        merger.save({name: {**methods[name], **knobs} for name, knobs in tried.items() if knobs})
+        scores = {
+            task: held_out_scores(
+                evaluation, task, checkpoint.head, merger.directory, [*tried], grid
+            )
+            for task, checkpoint in merger.inputs.checkpoints.items()
+        }
+        for name, knobs in tried.items():
+            found = choose_scale(grid, {task: each[name] for task, each in scores.items()})
+            found["knobs"] = knobs
+            if name not in best or max(found["average"]) > max(best[name]["average"]):
+                best[name] = found
+    for name, found in best.items():
+        logger.info("%s: λ = %g is the best of %s on held-out data", name, found["best"], grid)
+    return best
 
 
 def held_out_scores(
@@ -456,14 +696,14 @@ def evaluate_all(
         model = evaluation.model(name)
         load_head(model, checkpoint.head)
         own = {module: dense(update) for module, update in checkpoint.updates.items()}
-        for row in scores:
+        for line in scores:
             update: Mapping[str, Tensor]
-            if row in methods:
-                update = MergedUpdate(merged / row, name)
+            if line in methods:
+                update = MergedUpdate(merged / line, name)
             else:
-                update = own if row == "individual" else {}
+                update = own if line == "individual" else {}
             with applied(model, update):
-                scores[row][name] = evaluation.score(
-                    model, name, evaluation.reported, f"{name}: {row}"
+                scores[line][name] = evaluation.score(
+                    model, name, evaluation.reported, f"{name}: {line}"
                 )
     return scores

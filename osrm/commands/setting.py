@@ -70,6 +70,7 @@ from osrm.runs import (
     write_json,
     write_text,
 )
+from osrm.task_vectors import dense
 
 logger = logging.getLogger(__name__)
 
@@ -347,12 +348,12 @@ def finish(
 
 def save_dense(setting: Setting, task: GlueTask, directory: Path) -> None:
     """Write merged_model/, W0 + ΔW in float32, from the adapter in the run directory."""
-    pairs, head, _ = read_adapter(directory)
+    updates, head, _ = read_adapter(directory)
     dense_model = load_model(setting.plan.backbone, task.labels, setting.tokenizer, torch.float32)
     load_head(dense_model, head)
     with (
         staged(directory / "merged_model") as staging,
-        applied(dense_model, {name: pair.delta for name, pair in pairs.items()}),
+        applied(dense_model, {name: dense(update) for name, update in updates.items()}),
     ):
         dense_model.save_pretrained(staging)
         setting.tokenizer.save_pretrained(staging)

@@ -2,18 +2,41 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from osrm.errors import UserError
-from osrm.merging._updates import LazyUpdates, Updates
-from osrm.merging.average import average
-from osrm.merging.emr import emr
-from osrm.merging.task_arithmetic import task_arithmetic
-from osrm.merging.ties import ties
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
-__all__ = ["METHODS", "LazyUpdates", "Method", "Updates", "check_knobs", "merge"]
+from osrm.errors import UserError
+from osrm.merging._updates import Inputs, Lazy, Masked, Part, Updates, row
+from osrm.merging.average import average
+from osrm.merging.core_space import INNER, core_space
+from osrm.merging.dare import dare_linear, dare_ties
+from osrm.merging.emr import emr
+from osrm.merging.fisher import fisher
+from osrm.merging.iso_c import iso_c
+from osrm.merging.knots_ties import knots_ties
+from osrm.merging.regmean import regmean
+from osrm.merging.task_arithmetic import task_arithmetic
+from osrm.merging.ties import TRIMS, ties
+from osrm.merging.tsv import tsv
+
+__all__ = [
+    "METHODS",
+    "Inputs",
+    "Lazy",
+    "Masked",
+    "Merged",
+    "Method",
+    "Part",
+    "Updates",
+    "check_knobs",
+    "merge",
+    "row",
+]
 
 
 @dataclass(frozen=True)
@@ -21,18 +44,20 @@ class Method:
     """One row of `METHODS`."""
 
     name: str
-    kernel: Callable[..., Updates]
-    """`kernel(updates, **knobs)`: float32 updates in; out, the update that each task receives.
+    kernel: Callable[..., Mapping[str, Part]]
+    """`kernel(updates, **knobs)`, or `kernel(updates, statistics, **knobs)` if it needs some.
 
     A knob named `scale` is λ, and the result is linear in it: λ times that of scale = 1. The
     search for λ relies on this.
     """
     paper: str
+    needs: str = ""
+    """The statistics that it needs beside the updates: "moments" or "fisher"."""
 
     @property
     def knobs(self) -> tuple[str, ...]:
         """The kernel's keywords."""
-        return tuple(inspect.signature(self.kernel).parameters)[1:]
+        return tuple(inspect.signature(self.kernel).parameters)[1 + bool(self.needs) :]
 
 
 METHODS = {
@@ -41,34 +66,113 @@ METHODS = {
         Method("average", average, "https://arxiv.org/abs/2203.05482"),
         Method("task_arithmetic", task_arithmetic, "https://arxiv.org/abs/2212.04089"),
         Method("ties", ties, "https://arxiv.org/abs/2306.01708"),
+        Method("dare_linear", dare_linear, "https://arxiv.org/abs/2311.03099"),
+        Method("dare_ties", dare_ties, "https://arxiv.org/abs/2311.03099"),
         Method("emr", emr, "https://arxiv.org/abs/2405.17461"),
+        Method("fisher", fisher, "https://arxiv.org/abs/2111.09832", needs="fisher"),
+        Method("regmean", regmean, "https://arxiv.org/abs/2212.09849", needs="moments"),
+        Method("knots_ties", knots_ties, "https://arxiv.org/abs/2410.19735"),
+        Method("core_space", core_space, "https://arxiv.org/abs/2509.17786"),
+        Method("tsv", tsv, "https://arxiv.org/abs/2412.00081"),
+        Method("iso_c", iso_c, "https://arxiv.org/abs/2502.04959"),
     )
 }
 
-RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "scale": ("a finite number", lambda scale: abs(scale) < math.inf),
-    "density": ("a number in (0, 1]", lambda density: 0 < density <= 1),
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """True and False are no numbers here."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _number(holds: Callable[[float], bool]) -> Callable[[object], bool]:
+    return lambda value: _is_number(value) and holds(value)
+
+
+def _are_weights(value: object) -> bool:
+    if not isinstance(value, list | tuple):
+        return value is None
+    return all(_is_number(weight) and abs(weight) < math.inf for weight in value)
+
+
+RANGES: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "scale": ("a finite number", _number(lambda scale: abs(scale) < math.inf)),
+    "density": ("a number in (0, 1]", _number(lambda density: 0 < density <= 1)),
+    "drop_rate": ("a number in [0, 1)", _number(lambda rate: 0 <= rate < 1)),
+    "seed": ("a whole number", lambda seed: _is_number(seed) and isinstance(seed, int)),
+    "ridge": ("a finite number, 0 or more", _number(lambda ridge: 0 <= ridge < math.inf)),
+    "off_diagonal": ("a number in [0, 1]", _number(lambda ratio: 0 <= ratio <= 1)),
+    "weights": ("finite numbers, one a task", _are_weights),
+    "trim": (f"one of {', '.join(TRIMS)}", lambda trim: trim in TRIMS),
+    "inner": (f"one of {', '.join(INNER)}", lambda inner: inner in INNER),
 }
-"""Knob -> what its value must be: in words, and as a test of a number."""
+"""Knob -> what its value must be: in words, and as a test."""
 
 
-def merge(name: str, updates: Updates, /, **knobs: Any) -> Updates:
-    """The update that each task receives from the method `name`, computed in float32.
+FRACTIONS = ("scale", "density", "drop_rate", "ridge", "off_diagonal")
+"""The knobs that are numbers, whole or not."""
+
+
+class Merged(Mapping[str, Tensor]):
+    """What each task receives: module -> stack (task, out, in), made anew at each look-up.
+
+    What all tasks share comes as an expanded view: copy it before writing into it.
+    """
+
+    def __init__(self, parts: Mapping[str, Part], tasks: Sequence[str]) -> None:
+        self.parts, self.tasks = parts, tuple(tasks)
+
+    def __getitem__(self, name: str) -> Float[Tensor, "task out in"]:
+        part = self.parts[name]
+        if isinstance(part, Masked) or (isinstance(part, Tensor) and part.ndim == 3):
+            return torch.stack([row(part, task) for task in range(len(self.tasks))])
+        delta = row(part, 0)
+        return delta.expand(len(self.tasks), *delta.shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+def merge(
+    name: str,
+    updates: Updates,
+    /,
+    statistics: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **knobs: Any,
+) -> Merged:
+    """The update that each task receives from the method `name`, computed in `dtype`.
 
     Statistics over all modules are taken at once, in passes over `updates`; a module is merged
-    anew at each look-up. Rows are the tasks, in the order of `updates`. What all tasks share comes
-    back as an expanded view: copy it before writing into it.
+    anew at each look-up. Tasks are in the order of `updates`: a `TaskVectors`, whose factors are
+    never all dense at a time, or a mapping of dense stacks.
+
+    Args:
+        statistics: what the method needs beside the updates, by module: see its own docstring.
+        dtype: torch.float32 or torch.float64.
 
     Raises:
-        UserError: see `check_knobs`; or there is no module to merge.
+        UserError: see `check_knobs`; there is no module to merge; the statistics are lacking.
     """
     check_knobs(name, knobs)
+    method = METHODS[name]
     if not updates:
         raise UserError("nothing to merge: no module has an update")
-    in_float32 = LazyUpdates(updates, lambda module: updates[module].float())
+    if method.needs and statistics is None:
+        raise UserError(f"merging method {name!r}: it needs {method.needs} as statistics")
     # JSON may write 1.0 as 1.
-    knobs |= {knob: float(knobs[knob]) for knob in RANGES.keys() & knobs.keys()}
-    return METHODS[name].kernel(in_float32, **knobs)
+    knobs |= {knob: float(knobs[knob]) for knob in FRACTIONS if knob in knobs}
+    inputs = Inputs(updates, dtype)
+    weights = knobs.get("weights")
+    if weights is not None and len(weights) != len(inputs.tasks):
+        raise UserError(f"weights: {len(weights)} of them for {len(inputs.tasks)} tasks")
+    needed = [statistics] if method.needs else []
+    return Merged(method.kernel(inputs, *needed, **knobs), inputs.tasks)
 
 
 def check_knobs(name: str, knobs: Mapping[str, object]) -> None:
@@ -86,12 +190,7 @@ def check_knobs(name: str, knobs: Mapping[str, object]) -> None:
             problems.append(f"unknown knob {knob!r} (known: {', '.join(known) or 'none'})")
         elif knob in RANGES:
             wanted, holds = RANGES[knob]
-            if not (is_number(value) and holds(value)):
+            if not holds(value):
                 problems.append(f"{knob} must be {wanted}, not {value!r}")
     if problems:
         raise UserError(f"merging method {name!r}: {'; '.join(problems)}")
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """True and False are no numbers here."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

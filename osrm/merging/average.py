@@ -1,16 +1,19 @@
 """Average: every task receives the mean update, the "uniform soup" (Wortsman et al., 2022)."""
 
-from jaxtyping import Float
-from torch import Tensor
+from collections.abc import Mapping, Sequence
 
-from osrm.merging._updates import LazyUpdates, Updates
+from osrm.errors import UserError
+from osrm.merging._updates import Inputs, Lazy, Part
 
 
-def average(updates: Updates) -> Updates:
-    """(1/T) Σ_t τ_t, for all T tasks alike (a view with stride 0 along the tasks)."""
+def average(updates: Inputs, *, weights: Sequence[float] | None = None) -> Mapping[str, Part]:
+    """Σ_t w_t τ_t / Σ_t w_t, for all tasks alike.
 
-    def merged(name: str) -> Float[Tensor, "task out in"]:
-        deltas = updates[name]
-        return deltas.mean(0).expand_as(deltas)
-
-    return LazyUpdates(updates, merged)
+    Args:
+        weights: w, one a task in their order; equal by default.
+    """
+    given = weights or [1.0] * len(updates.tasks)
+    if not sum(given):
+        raise UserError("weights: they sum to 0, so there is no mean; change one")
+    shares = [weight / sum(given) for weight in given]
+    return Lazy(updates, lambda name: updates.weighted_sum(name, shares))

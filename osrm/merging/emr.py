@@ -1,58 +1,61 @@
 """EMR: elect one unified update, mask and rescale it for each task (Huang et al., 2024)."""
 
-from functools import reduce
+from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from osrm.merging._updates import LazyUpdates, Updates
+from osrm.merging._updates import Inputs, Lazy, Masked, Part, pack
 
 
-def emr(updates: Updates) -> Updates:
+def emr(updates: Inputs) -> Mapping[str, Part]:
     """Task t receives rescaler_t · mask_t · unified: tasks share one update, but not one sign.
 
     Up to its rescaler, task t thus receives the largest entry among the tasks that agree with the
-    elected sign, and zero where t itself does not agree.
-
-    Args:
-        updates: the stack τ of every module. It is read once before the first look-up.
+    elected sign, and zero where t itself does not agree. The updates are read once before the
+    first look-up.
     """
-    rescaler = rescalers(updates)
+    rescaler = rescalers(updates).to(updates.dtype)
 
-    def merged(name: str) -> Float[Tensor, "task out in"]:
-        deltas = updates[name]
-        return (rescaler[:, None, None] * mask_unified(deltas)).to(deltas.dtype)
+    def merged(name: str) -> Masked:
+        unified, masks = [], []
+        for _, deltas in updates.blocks(name):
+            one, agrees = elect(deltas)
+            unified.append(one)
+            masks.append(agrees)
+        return Masked(torch.cat(unified), pack(torch.cat(masks, 1)), rescaler)
 
-    return LazyUpdates(updates, merged)
+    return Lazy(updates, merged)
 
 
-def elect_sign(deltas: Float[Tensor, "task out in"]) -> Float[Tensor, "out in"]:
-    """γ: +1 where the tasks' mean is positive, else -1 (summed in float64: see TIES)."""
+def elect(
+    deltas: Float[Tensor, "task out in"],
+) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "task out in"]]:
+    """unified = γ · max |τ| over the agreeing tasks, and mask_t = τ_t γ > 0.
+
+    γ is +1 where the tasks' mean is positive, else -1 (summed in float64: see TIES).
+    """
     positive = deltas.sum(0, dtype=torch.float64) > 0
-    return positive.to(deltas.dtype) * 2 - 1
+    sign = positive.to(deltas.dtype) * 2 - 1
+    agreeing = (deltas * sign).clamp_(min=0)
+    return sign * agreeing.amax(0), agreeing > 0
 
 
-def mask_unified(deltas: Float[Tensor, "task out in"]) -> Float[Tensor, "task out in"]:
-    """mask_t · unified, with unified = γ · max |τ| over the agreeing tasks, mask_t = τ_t γ > 0."""
-    sign = elect_sign(deltas)
-    agreeing = (deltas * sign).clamp(min=0)
-    unified = sign * agreeing.amax(0)
-    return torch.where(agreeing > 0, unified, 0.0)
-
-
-def rescalers(updates: Updates) -> Float64[Tensor, "task"]:
+def rescalers(updates: Inputs) -> Float64[Tensor, "task"]:
     """Σ_modules mean|τ_t| / Σ_modules mean|mask_t · unified|: modules of any size count alike.
 
     So the authors' code; their paper divides the sums over all entries instead. For a task that
     agrees nowhere, such as one without an update, the quotient by zero is taken to be zero.
     """
-    own, unified = reduce(torch.add, (magnitudes(updates[name]) for name in updates))
+    own = unified = torch.zeros(len(updates.tasks), dtype=torch.float64)
+    for name in updates:
+        entries = 0
+        sums = torch.zeros(2, len(updates.tasks), dtype=torch.float64)
+        for _, deltas in updates.blocks(name):
+            one, agrees = elect(deltas)
+            entries += one.numel()
+            sums[0] += deltas.abs().sum((1, 2), dtype=torch.float64)
+            sums[1] += (agrees * one.abs()).sum((1, 2), dtype=torch.float64)
+        own, unified = own + sums[0] / entries, unified + sums[1] / entries
     return torch.where(unified > 0, own / unified, 0.0)
-
-
-def magnitudes(deltas: Float[Tensor, "task out in"]) -> Float64[Tensor, "2 task"]:
-    """One module's mean|τ_t| and mean|mask_t · unified|."""
-    return torch.stack(
-        [each.abs().mean((1, 2), dtype=torch.float64) for each in (deltas, mask_unified(deltas))]
-    )

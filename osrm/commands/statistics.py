@@ -1,0 +1,103 @@
+"""What RegMean and Fisher merging look at: each task's own model on its own training examples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from osrm.adapters import applied, load_head
+from osrm.checkpoints import Checkpoint, checksum
+from osrm.embedded import cache_dir
+from osrm.features import batches_by_length, task_features
+from osrm.fisher import fisher_information
+from osrm.glue import collator, fingerprint
+from osrm.merging import Lazy
+from osrm.task_vectors import dense
+
+logger = logging.getLogger(__name__)
+
+
+def collect_statistics(
+    needs: str, evaluation: Any, checkpoints: Mapping[str, Checkpoint], modules: list[str]
+) -> Lazy[Any]:
+    """By module, what a method of these needs takes as its statistics; each task's is cached.
+
+    Args:
+        needs: "moments" or "fisher".
+        evaluation: an `osrm.commands.merge.Evaluation` with training examples.
+    """
+    files = {}
+    for task, checkpoint in checkpoints.items():
+        model = evaluation.model(task)
+        load_head(model, checkpoint.head)
+        own = {module: dense(update) for module, update in checkpoint.updates.items()}
+        with applied(model, own):
+            collect = {"moments": _moments, "fisher": _fisher}[needs]
+            files[task] = collect(evaluation, task, checkpoint, model, modules)
+    if needs == "moments":
+        return Lazy(modules, lambda module: [file[module] for file in files.values()])
+    return Lazy(modules, lambda module: torch.stack([file[module] for file in files.values()]))
+
+
+def _settings(evaluation: Any, task: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """All that the statistics depend on beside the modules."""
+    return {
+        "task": task,
+        "backbone": evaluation.backbone.name,
+        "body_fingerprint": checkpoint.args.get("body_fingerprint"),
+        "adapter": checksum(checkpoint.path),
+        "features": "token",
+        "count_padding": evaluation.count_padding,
+        "max_seq_len": evaluation.settings[task]["max_seq_len"],
+        "data": fingerprint(evaluation.train[task]),
+    }
+
+
+def _moments(
+    evaluation: Any, task: str, checkpoint: Checkpoint, model: Any, modules: list[str]
+) -> Mapping[str, Any]:
+    examples = evaluation.train[task]
+    settings = _settings(evaluation, task, checkpoint)
+    pad_to = settings["max_seq_len"] if evaluation.count_padding else None
+    batches = DataLoader(
+        examples.remove_columns("labels"),
+        batch_sampler=batches_by_length(
+            examples["length"][:], evaluation.settings[task]["batch_size"]
+        ),
+        collate_fn=collator(evaluation.tokenizer, pad_to),
+    )
+    return task_features(settings, model, modules, batches)
+
+
+def _fisher(
+    evaluation: Any, task: str, checkpoint: Checkpoint, model: Any, modules: list[str]
+) -> Mapping[str, Tensor]:
+    settings = _settings(evaluation, task, checkpoint)
+    text = json.dumps({**settings, "modules": modules, "what": "fisher"}, sort_keys=True)
+    name = hashlib.sha256(text.encode()).hexdigest()[:24]
+    path = cache_dir() / "features" / f"{task}-fisher-{name}.safetensors"
+    if not path.exists():
+        loader = DataLoader(evaluation.train[task], collate_fn=collator(evaluation.tokenizer))
+        shown = tqdm(loader, desc=f"Fisher information of {task}", unit="example")
+        found = fisher_information(model, modules, shown)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}")
+        save_file(found, temporary)
+        temporary.replace(path)
+    return Lazy(modules, lambda module: _tensor(path, module))
+
+
+def _tensor(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)

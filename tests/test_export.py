@@ -1,0 +1,356 @@
+"""Merged models on disk, in the formats of others, and repeated from their recipes."""
+
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from osrm import load_merged
+from osrm.adapters import read_adapter
+from osrm.commands.merge import run
+from osrm.config import MergeConfig
+from osrm.errors import UserError
+from osrm.export import export_adapter, export_model
+from osrm.merged import MergedUpdate, save_merged
+from osrm.merging import METHODS, Masked, Merged, row
+from osrm.merging._updates import pack
+from osrm.task_vectors import LoraPair
+
+ATTENTION = "roberta.encoder.layer.{}.attention.self.{}"
+TASKS = {
+    "polite": {"r": 2, "target_modules": ["query", "value"], "lora_alpha": 6},
+    "brief": {
+        "r": 3,
+        "target_modules": ["query", "value", "key"],
+        "rank_pattern": {"layer.0.attention.self.query": 1},
+        "use_rslora": True,
+    },
+    "kind": {"r": 1, "target_modules": ["query"]},
+}
+"""Ranks differ by layer and task; the value and the key are not adapted by all."""
+LABELS = {"polite": 2, "brief": 3, "kind": 1}
+DENSE = ["ties", "dare_linear", "dare_ties", "emr"]
+BLIND = [name for name in METHODS if not METHODS[name].needs]
+LOW = [name for name in BLIND if name not in DENSE]
+
+
+def make_adapter(base: Path, folder: Path, labels: int, seed: int, **options) -> str:
+    """By PEFT alone: random factors and head; the second layer's query stays as it is."""
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
+    config = LoraConfig(task_type="SEQ_CLS", modules_to_save=["classifier"], **options)
+    model = get_peft_model(model, config)
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.3)
+        if "lora_B" in name and "layer.1.attention.self.query" in name:
+            parameter.data.zero_()
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def merge_them(paths, folder: Path, name="out", **options) -> Path:
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(paths))
+    run(MergeConfig(load_model_path=str(file), output_dir=str(folder / name), **options))
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def paths(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        task: make_adapter(tiny["roberta"], folder / task, LABELS[task], seed, **options)
+        for seed, (task, options) in enumerate(TASKS.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def out(paths, tmp_path_factory):
+    """All methods that need no data."""
+    return merge_them(paths, tmp_path_factory.mktemp("merged"), no_eval=True)
+
+
+@torch.no_grad()
+def logits(model):
+    tokens = torch.randint(4, 20, (5, 9), generator=torch.Generator().manual_seed(0))
+    return model.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+
+
+def through_peft(tiny, adapter, labels):
+    base = AutoModelForSequenceClassification.from_pretrained(tiny["roberta"], num_labels=labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT's of adapter keys that are lacking
+        return logits(PeftModel.from_pretrained(base, adapter))
+
+
+def save_parts(folder: Path, parts, tasks=("polite", "brief", "kind")) -> Path:
+    """A merged model of these parts, without heads."""
+    recipe = {
+        "method": "handmade",
+        "paper": "nowhere",
+        "knobs": {},
+        "base": "tiny",
+        "backbone": "tiny",
+        "tasks": {task: {"path": "nowhere", "labels": []} for task in tasks},
+    }
+    save_merged(folder, Merged(parts, tasks), {task: {} for task in tasks}, recipe)
+    return folder
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_method_was_merged(out):
+    assert sorted(path.name for path in out.iterdir()) == sorted(BLIND)
+
+
+@pytest.mark.parametrize("method", LOW)
+def test_peft_computes_with_the_adapter_what_the_merged_model_does(method, out, tiny, tmp_path):
+    for task, labels in LABELS.items():
+        merged = MergedUpdate(out / method, task)
+        found = export_adapter(merged, tmp_path / task)
+        assert found["error"] < 1e-6 and set(found["errors"]) == set(merged)
+        ours = logits(load_merged(out / method, task))
+        theirs = through_peft(tiny, tmp_path / task, labels)
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+        pairs = read_adapter(tmp_path / task)[0]
+        for module, pair in pairs.items():
+            # PEFT needs a rank of 1 for a zero update, too.
+            assert len(pair.A) == max(1, np.linalg.matrix_rank(merged[module].numpy(), rtol=1e-5))
+        assert len({len(pair.A) for pair in pairs.values()}) > 1
+        assert not pairs[ATTENTION.format(1, "query")].delta.any()
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny["roberta"], num_labels=1)
+    assert (logits(plain) - ours).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 100])
+def test_a_truncated_adapter_is_nearest_of_its_rank(rank, out, tmp_path):
+    merged = MergedUpdate(out / "task_arithmetic", "brief")
+    found = export_adapter(merged, tmp_path / "adapter", rank)
+    pairs = read_adapter(tmp_path / "adapter")[0]
+    lost = whole = 0.0
+    for module in merged:
+        dense = merged[module].double().numpy()
+        values = np.linalg.svd(dense, compute_uv=False)
+        least = np.sqrt(np.sum(values[rank:] ** 2))
+        error = np.linalg.norm(pairs[module].delta.double().numpy() - dense)
+        assert len(pairs[module].A) <= rank
+        assert error == pytest.approx(least, rel=1e-4, abs=1e-5)
+        norm = np.linalg.norm(dense)
+        assert found["errors"][module] == pytest.approx(
+            least / norm if norm else 0, rel=1e-5, abs=1e-6
+        )
+        lost, whole = lost + least**2, whole + norm**2
+    assert found["error"] == pytest.approx((lost / whole) ** 0.5, rel=1e-5, abs=1e-6)
+    assert found["rank"] == min(rank, 5)  # of the values of both layers: 2 and 3
+
+
+def test_factors_of_an_adapter_are_balanced(out, tmp_path):
+    export_adapter(MergedUpdate(out / "iso_c", "kind"), tmp_path / "adapter")
+    for pair in read_adapter(tmp_path / "adapter")[0].values():
+        assert pair.scaling == 1
+        torch.testing.assert_close(pair.A @ pair.A.T, pair.B.T @ pair.B, rtol=1e-4, atol=1e-5)
+
+
+def test_an_update_that_is_zero_everywhere_is_an_adapter_too(tmp_path):
+    zero = LoraPair(torch.zeros(0, 7), torch.zeros(5, 0), 1.0)
+    merged = MergedUpdate(save_parts(tmp_path / "merged", {"layer": zero}), "kind")
+    found = export_adapter(merged, tmp_path / "adapter", 2)
+    assert (found["rank"], found["error"]) == (1, 0)
+    delta = read_adapter(tmp_path / "adapter")[0]["layer"].delta
+    assert delta.shape == (5, 7) and not delta.any()
+
+
+def test_biases_of_adapters_are_exported(tiny, tmp_path):
+    """One adapter has them, the other has not."""
+    paths = {
+        "biased": make_adapter(
+            tiny["roberta"], tmp_path / "b", 2, 0, target_modules=["query"], lora_bias=True
+        ),
+        "plain": make_adapter(tiny["roberta"], tmp_path / "p", 2, 1, target_modules=["value"]),
+    }
+    out = merge_them(paths, tmp_path, methods=["average"], no_eval=True)
+    export_adapter(MergedUpdate(out / "average", "plain"), tmp_path / "adapter")
+    theirs = through_peft(tiny, tmp_path / "adapter", 2)
+    ours = logits(load_merged(out / "average", "plain"))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    assert MergedUpdate(out / "average", "plain")[ATTENTION.format(0, "query") + ".bias"].any()
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_an_update_of_full_rank_is_no_adapter(method, out, tmp_path):
+    with pytest.raises(UserError, match=f"{method} gives no update of low rank") as caught:
+        export_adapter(MergedUpdate(out / method, "kind"), tmp_path / "adapter")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("method", ["ties", "emr", "tsv"])
+def test_an_exported_model_computes_what_the_merged_model_does(method, out, tmp_path):
+    for task, labels in LABELS.items():
+        export_model(MergedUpdate(out / method, task), tmp_path / task)
+        theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / task)
+        assert theirs.config.num_labels == labels
+        ours = logits(load_merged(out / method, task))
+        torch.testing.assert_close(logits(theirs), ours, rtol=0, atol=1e-6)
+        assert (tmp_path / task / "tokenizer.json").exists()
+
+
+def test_merge_py_exports_what_has_a_format(paths, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    options = {"methods": ["ties", "average"], "export": ["adapter", "model"], "rank": 2}
+    out = merge_them(paths, tmp_path, no_eval=True, **options)
+    for task in TASKS:
+        assert (out / "ties" / "models" / task / "model.safetensors").exists()
+        pairs = read_adapter(out / "average" / "adapters" / task)[0]
+        assert max(len(pair.A) for pair in pairs.values()) == 2
+    found = json.loads((out / "average" / "adapters" / "truncation.json").read_text())
+    assert found["rank"] == 2 and 0 < found["error"] < 1
+    assert not (out / "ties" / "adapters").exists()
+    (warning,) = [each.getMessage() for each in caplog.records if "low rank" in each.getMessage()]
+    assert "ties" in warning and "\n" not in warning
+
+
+PARTS = {
+    "shared": gaussian(5, 7),
+    "of a view": gaussian(7, 5).T,
+    "rows": gaussian(3, 5, 7),
+    "factors": LoraPair(gaussian(2, 7), gaussian(5, 2), 0.25),
+    "no rank": LoraPair(torch.zeros(0, 7), torch.zeros(5, 0), 1.0),
+    "double": gaussian(5, 7).double() / 3,
+    "double factors": LoraPair(gaussian(2, 7).double() / 3, gaussian(5, 2).double(), 2.0),
+    "masked": Masked(gaussian(5, 7), pack(gaussian(3, 5, 7) > 0), gaussian(3)),
+    "../../up": gaussian(1, 1),
+}
+
+
+def test_parts_on_disk_read_back_equal(tmp_path):
+    save_parts(tmp_path / "merged", PARTS)
+    before = Merged(PARTS, list(TASKS))
+    for number, task in enumerate(TASKS):
+        saved = MergedUpdate(tmp_path / "merged", task)
+        assert list(saved) == list(PARTS)
+        for module, part in PARTS.items():
+            assert type(saved.part(module)) is type(part)
+            wanted = row(part, number)
+            assert saved[module].dtype == wanted.dtype
+            rounding = 1e-15 if wanted.dtype == torch.float64 else 1e-6
+            torch.testing.assert_close(saved[module], wanted, rtol=rounding, atol=rounding)
+            torch.testing.assert_close(before[module][number], wanted, rtol=0, atol=0)
+    assert {path.name for path in tmp_path.iterdir()} == {"merged"}
+
+
+def test_the_forms_on_disk_are_those_of_the_documentation(out, tmp_path):
+    parts = {"all": gaussian(5, 7), "each": gaussian(3, 5, 7)}
+    names = [
+        (out / "average", {"A", "B", "scaling"}),
+        (out / "emr", {"unified", "mask", "rescaler"}),
+        (save_parts(tmp_path / "shared", {"w": parts["all"]}), {"shared"}),
+        (save_parts(tmp_path / "rows", {"w": parts["each"]}), {"rows"}),
+    ]
+    for directory, wanted in names:
+        for path in (directory / "updates").iterdir():
+            assert set(load_file(path)) == wanted
+
+
+def test_emr_stores_a_float_and_a_bit_for_each_task_per_entry(out):
+    merged = MergedUpdate(out / "emr", "kind")
+    stored = sum(path.stat().st_size for path in (out / "emr" / "updates").iterdir())
+    entries = [merged[module].numel() for module in merged]
+    payload = sum(4 * n + len(TASKS) * ((n + 7) // 8) + 4 * len(TASKS) for n in entries)
+    assert payload <= stored <= payload + 400 * len(entries)
+    # Dense updates for each task would be larger by far.
+    assert stored < 0.6 * sum(4 * n * len(TASKS) for n in entries)
+
+
+def written(directory: Path) -> dict[str, bytes]:
+    files = [*(directory / "updates").iterdir(), *(directory / "heads").iterdir()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def repeat(recipe: Path, target: Path, **options) -> Path:
+    run(MergeConfig(from_recipe=str(recipe), output_dir=str(target), **options))
+    return target / recipe.parent.name
+
+
+@pytest.mark.parametrize("method", BLIND)
+def test_a_recipe_repeats_the_merge_byte_for_byte(method, out, tmp_path):
+    again = repeat(out / method / "recipe.json", tmp_path / "again", no_eval=True)
+    assert written(again) == written(out / method)
+    assert (again / "recipe.json").read_text() == (out / method / "recipe.json").read_text()
+
+
+def test_a_recipe_repeats_flags_too(paths, tmp_path):
+    options = {"weights": ["kind=0.5"], "scale": 0.7, "dtype": "float64"}
+    methods = ["dare_linear", "ties", "core_space", "tsv"]
+    out = merge_them(paths, tmp_path, methods=methods, no_eval=True, **options)
+    for method in methods:
+        again = repeat(out / method / "recipe.json", tmp_path / f"{method} again", no_eval=True)
+        assert written(again) == written(out / method)
+
+
+def test_a_recipe_of_methods_that_look_at_data_repeats_it(
+    tiny, tiny_data, tmp_path, monkeypatch, tmp_path_factory
+):
+    paths = {
+        task: make_adapter(tiny["roberta"], tmp_path / task, 2, seed, target_modules=["query"])
+        for seed, task in enumerate(("rte", "sst2"))
+    }
+    data = {"data_dir": str(tiny_data), "max_test_samples": 4}
+    methods = ["fisher", "regmean"]
+    few = {"max_num_samples": 5, "count_padding": True}
+
+    def forget():
+        cache = tmp_path_factory.mktemp("cache")
+        monkeypatch.setattr("osrm.features.cache_dir", lambda: cache)
+        monkeypatch.setattr("osrm.commands.statistics.cache_dir", lambda: cache)
+
+    forget()
+    out = merge_them(paths, tmp_path, methods=methods, **few, **data)
+    every = merge_them(paths, tmp_path, "every", methods=methods, **data)
+    for method in methods:
+        assert written(every / method) != written(out / method), "the examples do not show"
+        forget()
+        again = repeat(out / method / "recipe.json", tmp_path / f"{method} again", **data)
+        assert written(again) == written(out / method), method
+
+
+def test_a_recipe_knows_the_base_of_dense_checkpoints(tiny, tmp_path):
+    adapter = make_adapter(tiny["roberta"], tmp_path / "a", 2, 0, target_modules=["query"])
+    base = AutoModelForSequenceClassification.from_pretrained(tiny["roberta"])
+    dense = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    dense.save_pretrained(tmp_path / "dense")
+    options = {"methods": ["average"], "backbone": str(tiny["roberta"]), "no_eval": True}
+    out = merge_them({"polite": str(tmp_path / "dense")}, tmp_path, **options)
+    again = repeat(out / "average" / "recipe.json", tmp_path / "again", no_eval=True)
+    assert written(again) == written(out / "average")
+
+
+@pytest.mark.parametrize("damage", ["change", "configure", "remove"])
+def test_a_recipe_of_changed_inputs_is_refused_by_name(damage, tiny, tmp_path):
+    paths = {
+        task: make_adapter(tiny["roberta"], tmp_path / task, 2, seed, target_modules=["query"])
+        for seed, task in enumerate(("polite", "brief"))
+    }
+    out = merge_them(paths, tmp_path, methods=["average"], no_eval=True)
+    if damage == "change":
+        file = tmp_path / "brief" / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    elif damage == "configure":
+        file = tmp_path / "brief" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 99}))
+    else:
+        (tmp_path / "brief").rename(tmp_path / "away")
+    with pytest.raises(UserError, match="'brief'") as caught:
+        repeat(out / "average" / "recipe.json", tmp_path / "again", no_eval=True)
+    assert "\n" not in str(caught.value) and "polite" not in str(caught.value)
+    assert not (tmp_path / "again").exists()
