@@ -3,7 +3,7 @@
 #   pip install '.[reproduce]'
 #   snakemake --snakefile reproduce/starts.smk --cores 2
 #
-# About three hours on two CPU cores; interrupted, the same command goes on. The result is
+# About three and a half hours on two CPU cores; interrupted, the same command goes on. The result is
 # .save_dir/starts/report/{table.md,results.json,plot.png}.
 
 OUT = ".save_dir/starts"
