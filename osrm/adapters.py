@@ -22,7 +22,7 @@ from peft import (
 )
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from osrm.backbones import head_names
@@ -161,6 +161,49 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors, the trained head in it."""
     # "auto" would ask the hub about the embeddings' size; LoRA does not touch them here.
     model.save_pretrained(str(directory), save_embedding_layers=False)
+
+
+def write_adapter(
+    directory: Path,
+    updates: Mapping[str, LoraPair | Tensor],
+    head: Mapping[str, Tensor],
+    base: str | None,
+) -> None:
+    """Write updates, whoever made them, as an ordinary adapter of scaling 1 with a head.
+
+    Args:
+        updates: as `read_adapter` gives them: layers as pairs, of any ranks above 0, and biases
+            as "X.bias", dense, for layers X that have a pair.
+        head: its tensors by name; the modules that they are in are saved whole.
+        base: the base model's name or path.
+    """
+    pairs = {name: each for name, each in updates.items() if isinstance(each, LoraPair)}
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, pair in pairs.items():
+        key, ranks[name] = f"{_PREFIX}{name}.lora_", len(pair.A)
+        tensors |= {f"{key}A.weight": pair.A, f"{key}B.weight": pair.scaling * pair.B}
+        if len(pairs) < len(updates):
+            bias = updates.get(f"{name}.bias", torch.zeros(len(pair.B), 1))
+            assert isinstance(bias, Tensor)
+            tensors[f"{key}B.bias"] = bias.flatten()
+    largest = max(ranks.values())
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS if head else None,
+        base_model_name_or_path=base,
+        r=largest,
+        lora_alpha=largest,
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != largest},
+        alpha_pattern={name: rank for name, rank in ranks.items() if rank != largest},
+        target_modules=list(ranks),
+        modules_to_save=sorted({name.partition(".")[0] for name in head}) or None,
+        lora_bias=len(pairs) < len(updates),
+        inference_mode=True,
+    )
+    directory.mkdir(parents=True)
+    tensors |= {_PREFIX + name: tensor for name, tensor in head.items()}
+    save_file({name: each.contiguous() for name, each in tensors.items()}, directory / WEIGHTS)
+    config.save_pretrained(str(directory))
 
 
 def read_adapter(

@@ -14,13 +14,14 @@ from osrm.adapters import (
     load_head,
     read_adapter,
     save_adapter,
+    write_adapter,
     write_factors,
     write_head,
 )
 from osrm.backbones import head_names, projections
 from osrm.checkpoints import Checkpoint, check_fits
 from osrm.errors import UserError
-from osrm.task_vectors import dense
+from osrm.task_vectors import LoraPair, dense
 
 FAMILIES = ["roberta", "bert", "mpnet", "distilbert", "t5", "llama"]
 HEADS = {
@@ -261,3 +262,27 @@ def test_heads_must_fit(tiny, tmp_path):
         load_head(load(tiny["roberta"]), {})
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["modules_to_save"].count("classifier") >= 1
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_is_written_is_read_back(biased, tmp_path):
+    """Of different ranks and scalings; a layer without an update of its bias has a zero one."""
+    torch.manual_seed(0)
+    updates = {
+        "layer.1.query": LoraPair(torch.randn(3, 8), torch.randn(5, 3), 2.0),
+        "layer.11.query": LoraPair(torch.randn(2, 8), torch.randn(5, 2), 0.5),
+        "layer.1.value": LoraPair(torch.randn(1, 8), torch.randn(4, 1), 1.0),
+    }
+    expected = {name: pair.delta for name, pair in updates.items()}
+    if biased:
+        updates["layer.1.query.bias"] = torch.randn(5, 1)
+        zeros = {f"{name}.bias": torch.zeros(len(delta), 1) for name, delta in expected.items()}
+        expected |= zeros | {"layer.1.query.bias": updates["layer.1.query.bias"]}
+    head = {"classifier.weight": torch.randn(2, 4), "pooler.dense.bias": torch.randn(3)}
+    write_adapter(tmp_path / "adapter", updates, head, "some/base")
+    found, found_head, base = read_adapter(tmp_path / "adapter")
+    assert base == "some/base" and found_head.keys() == head.keys()
+    assert all(torch.equal(found_head[name], head[name]) for name in head)
+    assert found.keys() == expected.keys()
+    for name, delta in expected.items():
+        torch.testing.assert_close(dense(found[name]), delta)

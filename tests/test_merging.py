@@ -455,8 +455,9 @@ class TestTheorems:
         assert len([*Inputs(updates, torch.float32).blocks("long")]) > 1
         assert_near(run(name, updates, **knobs), whole, tolerance=1e-6)
 
-    def test_one_modules_stack_is_alive_at_a_time(self, name, knobs):
-        updates = Watched(gaussian())
+    @pytest.mark.parametrize("make", [gaussian, tied])
+    def test_one_modules_stack_is_alive_at_a_time(self, name, knobs, make):
+        updates = Watched(make())
         merged = run(name, updates, **knobs)
         for module in merged:
             merged[module].sum()
