@@ -5,8 +5,8 @@
 
 Every merge runs in a process of its own, whose seconds and peak memory the table has. The time of
 the merge itself is that of reading the adapters, merging and writing the result; PEFT's base model
-and adapters are in memory before it begins. mergekit, if it is installed (mergekit-yaml), is timed
-as a whole only. Adapters and base model are random: nothing is downloaded.
+is in memory before it begins. mergekit, if it is installed (mergekit-yaml), is timed as a whole
+only. Adapters and base model are random: nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -100,10 +100,10 @@ def peft(combination: str, directory: Path, output: Path, layers: int) -> float:
     from peft import PeftModel
 
     model = roberta(layers)
+    begin = time.perf_counter()
     adapted = PeftModel.from_pretrained(model, directory / TASKS[0], adapter_name=TASKS[0])
     for task in TASKS[1:]:
         adapted.load_adapter(directory / task, adapter_name=task)
-    begin = time.perf_counter()
     adapted.add_weighted_adapter(
         list(TASKS),
         [0.3] * len(TASKS),

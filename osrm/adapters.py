@@ -9,18 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from peft import (
-    LoraConfig,
-    PeftModel,
-    TaskType,
-    get_peft_model,
-    set_peft_model_state_dict,
-)
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,6 +21,9 @@ from osrm.backbones import head_names
 from osrm.config import read_json
 from osrm.errors import UserError, first_line
 from osrm.task_vectors import LoraPair
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +88,12 @@ _OTHER_UPDATES = (
     "velora_config",
 )
 _OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What an ordinary adapter says beside that. PEFT, slow to load, is asked about the rest alone.
+_USUAL = {
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "revision", "inference_mode"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("init_lora_weights", "lora_dropout", "bias", "megatron_core", "qalora_group_size"),
+}
 _ONLY_LORA = (
     "only plain LoRA adapters can be merged; make it one, or give its dense model"
     " (merge_and_unload)"
@@ -111,6 +112,8 @@ def add_lora(
         modules: all layers of the model that share their last name with one of them.
         freeze: "A" or "B" keeps that factor as it starts.
     """
+    from peft import LoraConfig, TaskType, get_peft_model
+
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=rank,
@@ -152,6 +155,8 @@ def write_factors(
 
 def write_head(model: PeftModel, head: Mapping[str, Tensor]) -> None:
     """Put a trained head on a model with LoRA, where it is trained and saved from."""
+    from peft import set_peft_model_state_dict
+
     result = set_peft_model_state_dict(model, {_PREFIX + name: head[name] for name in head})
     if result.unexpected_keys:
         raise ValueError(f"the model has no {result.unexpected_keys}")
@@ -177,6 +182,8 @@ def write_adapter(
         head: its tensors by name; the modules that they are in are saved whole.
         base: the base model's name or path.
     """
+    from peft import LoraConfig, TaskType
+
     pairs = {name: each for name, each in updates.items() if isinstance(each, LoraPair)}
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -286,10 +293,15 @@ def _read_config(path: Path) -> dict[str, Any]:
         extras.append(f"init_lora_weights={start} (changes the base weights)")
     if extras:
         raise UserError(f"{path}: {', '.join(extras)}: {_ONLY_LORA}")
-    known = {field.name for field in fields(LoraConfig)}
-    unknown = sorted(name for name in content.keys() - known if content[name])
+    unknown = {name for name in content.keys() - _OPTIONS.keys() - _USUAL if content[name]}
     if unknown:
-        logger.warning("%s: options that this PEFT does not know are ignored: %s", path, unknown)
+        from peft import LoraConfig
+
+        unknown -= {field.name for field in fields(LoraConfig)}
+    if unknown:
+        logger.warning(
+            "%s: options that this PEFT does not know are ignored: %s", path, sorted(unknown)
+        )
     return options
 
 
@@ -339,6 +351,10 @@ def _check_shapes(where: str, rank: int, A: Tensor, B: Tensor, bias: Tensor | No
 
 def _of_layer(name: str, pattern: Mapping[str, Any], default: Any) -> Any:
     """What PEFT takes for a layer: the value of the first pattern that its name ends with."""
+    if not pattern:
+        return default
+    from peft.utils.other import get_pattern_key
+
     return pattern.get(get_pattern_key(pattern.keys(), name), default)
 
 

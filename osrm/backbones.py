@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from osrm import embedded
+from osrm.config import MINI_GLUE
 from osrm.errors import UserError
-from osrm.glue import MINI_GLUE
 
 
 @dataclass(frozen=True)

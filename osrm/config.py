@@ -16,6 +16,9 @@ from osrm.errors import UserError
 
 Config = TypeVar("Config")
 
+MINI_GLUE = "mini-glue"
+"""The --data-dir of the embedded data."""
+
 EPSILON = 1e-2
 """Of the contrastive start; README.md, "Which start", has the measurement."""
 

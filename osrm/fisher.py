@@ -17,9 +17,11 @@ def fisher_information(
 ) -> dict[str, Float[Tensor, "out in"]]:
     """E[(∂ℓ/∂W)²] of each layer's weight W, ℓ = Σ_class √p log p with √p held fixed, float32.
 
-    ℓ of an example is weighted by √p because the gradient is squared: up to products of different
-    classes that is the expectation over the model's own predictions (Matena and Raffel, 2022). Of
-    a regression ℓ is the squared error. What needed a gradient before needs one afterwards.
+    ℓ is weighted by √p because the gradient is squared: but for products of different classes that
+    is the expectation over the model's own predictions (Matena and Raffel, 2022). Those products
+    matter: an example of two equally likely classes counts for nothing here, and most in the
+    expectation. The published numbers were made so. Of a regression ℓ is the squared error. What
+    needed a gradient before needs one afterwards.
 
     Args:
         batches: the model's arguments with `labels`, one example each: the squares of a larger

@@ -19,10 +19,10 @@ from scipy.stats import pearsonr, spearmanr
 from transformers import DataCollatorWithPadding
 
 from osrm import embedded
+from osrm.config import MINI_GLUE
 from osrm.errors import UserError, first_line
 
 HUB_DATA = "nyu-mll/glue"
-MINI_GLUE = "mini-glue"
 # All is text: "NA" and "7" are sentences too. The first column is never an index.
 _AS_TEXT: dict[str, Any] = {"dtype": str, "keep_default_na": False, "index_col": False}
 READERS = {

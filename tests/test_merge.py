@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from osrm import load_merged, report
 from osrm.adapters import read_adapter
 from osrm.backbones import find_backbone, load_tokenizer
+from osrm.checkpoints import load_adapters
 from osrm.commands.merge import run
 from osrm.commands.train import train
 from osrm.config import MergeConfig, TrainConfig, parse
@@ -66,6 +68,17 @@ def validation(config, task):
     return tokenize(data, TASKS[task], tokenizer, config.max_seq_len), tokenizer
 
 
+def kept(config) -> float:
+    """⟨average, own⟩ / ‖own‖², mean over the tasks, of dense updates."""
+    updates = load_adapters(directories(config))
+    products = torch.zeros(len(NAMES), 2)
+    for module in updates:
+        own = updates[module]
+        products[:, 0] += (own * own.mean(0)).sum((1, 2))
+        products[:, 1] += own.square().sum((1, 2))
+    return float((products[:, 0] / products[:, 1]).mean())
+
+
 def test_the_whole_journey(runs, tmp_path):
     out = merged(runs, tmp_path)
     results = json.loads((out / "results.json").read_text())
@@ -83,7 +96,15 @@ def test_the_whole_journey(runs, tmp_path):
         assert row["normalised_average"] == pytest.approx(sum(ratios) / len(ratios))
     text = (out / "results.md").read_text()
     assert len(re.findall(r"^\| gaussian", text, re.MULTILINE)) == len(rows)
-    assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
+    for plot in ("results.png", "tasks.png"):
+        assert (out / plot).read_bytes().startswith(b"\x89PNG")
+    table = pd.read_csv(out / "results.csv").set_index("row")
+    assert [*table.index] == [*rows]
+    for name in METHODS:
+        assert table.loc[name, "average"] == pytest.approx(rows[name]["average"])
+        assert rows[name]["merge_peak_gib"] > 0 and rows[name]["size_mib"] > 0
+    assert rows["regmean"]["condition"] > 1 and "condition numbers up to" in text
+    assert rows["average"]["kept"] == pytest.approx(kept(runs), rel=1e-4)
     assert not list(tmp_path.glob(".*"))
 
 
@@ -197,6 +218,37 @@ def test_a_search_scores_what_selected_the_runs_best_epoch(runs, tmp_path):
         assert found["scores"][task] == [pytest.approx(selected, abs=1e-4)]
 
 
+def test_every_merge_can_be_exported(runs, tmp_path, caplog):
+    """Adapters of what has factors, models of all, one for each task; the scores stay."""
+    out = merged(
+        runs, tmp_path, methods=["tsv", "ties"], export=["adapter", "model"], rank=3, no_eval=True
+    )
+    assert sorted(path.name for path in (out / "tsv" / "adapters").iterdir()) == sorted(
+        [*NAMES, "truncation.json"]
+    )
+    found = json.loads((out / "tsv" / "adapters" / "truncation.json").read_text())
+    assert found["rank"] == 3 and 0 < found["error"] < 1
+    assert not (out / "ties" / "adapters").exists() and "no update of low rank" in caplog.text
+    for method in ("tsv", "ties"):
+        for task in NAMES:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                out / method / "models" / task
+            )
+            expected = load_merged(out / method, task).state_dict()
+            assert all(torch.equal(model.state_dict()[name], expected[name]) for name in expected)
+            load_tokenizer(find_backbone(str(out / method / "models" / task)))
+
+
+def test_weights_of_tasks_reach_the_methods_that_take_them(runs, tmp_path):
+    methods = ["average", "dare_linear", "ties"]
+    out = merged(runs, tmp_path, methods=methods, weights=[f"{NAMES[1]}=3"], no_eval=True)
+    knobs = {
+        name: json.loads((out / name / "recipe.json").read_text())["knobs"] for name in methods
+    }
+    assert knobs["average"]["weights"] == knobs["dare_linear"]["weights"] == [1, 3, 1]
+    assert "weights" not in knobs["ties"]
+
+
 def test_an_existing_output_stays_whole_until_a_new_one_is(runs, tmp_path, monkeypatch):
     out = merged(runs, tmp_path, methods=["average"], no_eval=True)
     with pytest.raises(UserError, match="--overwrite"):
@@ -270,3 +322,27 @@ def test_defaults_come_from_the_shipped_files(monkeypatch):
     config = parse(MergeConfig, None, [])
     assert config.load_model_path == "load_model_path.json"
     assert [*json.loads(Path(config.hparams).read_text())] == [*METHODS]
+
+
+@pytest.mark.parametrize(
+    "weights, words",
+    [
+        (["rte=x"], ["'rte=x'", "TASK=X"]),
+        (["rte"], ["'rte'", "TASK=X"]),
+        (["rte=nan"], ["'rte=nan'"]),
+        (["qnli=1", "stsb=2"], ["'qnli=1'", "'rte', 'sst2', 'stsb'"]),
+        (["rte=1", "sst2=-1", "stsb=0"], ["sum to 0"]),
+    ],
+)
+def test_weights_that_fit_no_task_are_refused(weights, words, runs, tmp_path):
+    with pytest.raises(UserError) as caught:
+        merged(runs, tmp_path, methods=["average"], weights=weights, no_eval=True)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_takes_no_weights_or_no_data_is_refused(runs, tmp_path):
+    with pytest.raises(UserError, match="none of ties takes weights"):
+        merged(runs, tmp_path, methods=["ties"], weights=["rte=2"], no_eval=True)
+    with pytest.raises(UserError, match="regmean looks at data, which --no-eval leaves out"):
+        merged(runs, tmp_path, methods=["regmean"], no_eval=True)

@@ -770,6 +770,23 @@ def test_fisher_weighs_tasks_alike_however_large_their_gradients():
     merged = merge("fisher", updates, information)
     assert_near(merge("fisher", updates, louder), merged, tolerance=1e-4)
 
+    @pytest.mark.parametrize("silent", ["no vectors", "zeros"])
+    def test_what_no_task_has_features_for_gets_the_mean(self, silent):
+        updates = gaussian(2)
+        rows = {"no vectors": 0, "zeros": 99}[silent]
+        dead = {
+            module: [Moment.of(torch.zeros(rows, d.shape[2]))] * 2 for module, d in updates.items()
+        }
+        assert_near(merge("regmean", updates, dead), merge("average", updates))
+
+    def test_singular_equations_are_refused_by_name(self):
+        updates = gaussian(2)
+        few = {module: [Moment.of(torch.ones(1, d.shape[2]))] * 2 for module, d in updates.items()}
+        merged = merge("regmean", updates, few, ridge=0.0)
+        with pytest.raises(UserError, match="equations of tall are singular; take a larger ridge"):
+            merged["tall"]
+        assert condition(few["tall"], ridge=0.0) > 1e12
+
 
 class TestCoreSpace:
     @pytest.mark.parametrize("make", MAKERS)
@@ -923,6 +940,7 @@ def test_weights_of_another_number_than_the_tasks_are_refused(name, weights):
 def test_weights_that_have_no_mean_are_refused_by_the_average_alone():
     assert "sum to 0" in refused("average", {"weights": [1.0, -1.0]}, gaussian(2))
     assert "sum to 0" in refused("average", {"weights": [0.0, 0.0]}, gaussian(2))
+    assert "sum to 0" in refused("average", {"weights": [0.1, 0.2, -0.3]}, gaussian(3))
     assert merge("task_arithmetic", gaussian(2), weights=[1.0, -1.0])
 
 

@@ -12,8 +12,9 @@ from transformers import AutoModelForSequenceClassification
 from osrm import load_merged
 from osrm.adapters import adapted_modules, add_lora, save_adapter, write_factors
 from osrm.backbones import find_backbone, load_tokenizer, projections
-from osrm.commands import merge as command
-from osrm.commands.merge import choose_scale, run
+from osrm.commands import scoring
+from osrm.commands.merge import run
+from osrm.commands.scoring import choose_scale
 from osrm.config import MergeConfig, parse
 from osrm.errors import UserError
 from osrm.evaluation import evaluate
@@ -155,7 +156,7 @@ def test_the_reported_examples_are_scored_once_a_row_and_choose_nothing(
         scored.append(len(splits[""]))
         return evaluate(model, task, splits, *rest)
 
-    monkeypatch.setattr(command, "evaluate", counting)
+    monkeypatch.setattr(scoring, "evaluate", counting)
     before = merged(made, tmp_path / "before", search=GRID)
     assert scored.count(40) == len(NAMES) * len(before["rows"])
     assert scored.count(HELD_OUT) == len(NAMES) * len(GRID) * len(SCALED)
@@ -174,13 +175,13 @@ def test_the_reported_examples_are_scored_once_a_row_and_choose_nothing(
 
 def test_one_model_a_task_is_loaded_for_the_whole_search(made, tmp_path, monkeypatch):
     loaded = []
-    original = command.load_model
+    original = scoring.load_model
 
     def counting(*args):
         loaded.append(args)
         return original(*args)
 
-    monkeypatch.setattr(command, "load_model", counting)
+    monkeypatch.setattr(scoring, "load_model", counting)
     methods = ["task_arithmetic", "ties", "dare_linear"]
     merged(made, tmp_path / "out", search=GRID, methods=methods)
     assert len(loaded) == 3 * len(NAMES)  # to check that all fits, to search, to report
@@ -214,6 +215,28 @@ def test_every_method_with_a_scale_is_linear_in_it(name):
         other = merge(name, updates, scale=scale)
         for module in updates:
             torch.testing.assert_close(other[module], scale * one[module], rtol=1e-6, atol=1e-9)
+
+
+def test_the_density_is_chosen_too(made, tmp_path):
+    methods = ["ties", "task_arithmetic"]
+    found = merged(made, tmp_path / "out", search=GRID, search_density=[0.5, 0.05], methods=methods)
+    averages = {}
+    for density in (0.05, 0.5):
+        out = tmp_path / f"{density}"
+        each = merged(made, out, search=GRID, density=density, methods=["ties"])
+        averages[density] = each["search"]["ties"]["average"]
+    best = max(averages, key=lambda density: max(averages[density]))
+    chosen = found["search"]["ties"]
+    assert max(averages[0.05]) != max(averages[0.5]), "nothing to choose"
+    assert chosen["knobs"] == {"density": best} and chosen["average"] == averages[best]
+    assert found["search"]["task_arithmetic"]["knobs"] == {}
+    rows = {row["name"]: row["knobs"] for row in found["rows"]}
+    assert rows["ties"] == {"density": best, "scale": chosen["best"]}
+    merged(
+        made, tmp_path / "so", methods=["ties"], density=best, scale=chosen["best"], no_eval=True
+    )
+    for path in (tmp_path / "so" / "ties" / "updates").iterdir():
+        assert path.read_bytes() == (tmp_path / "out/ties/updates" / path.name).read_bytes()
 
 
 # -- refusals ----------------------------------------------------------------------------------
@@ -259,8 +282,8 @@ def test_runs_without_known_held_out_data(runs, data_dir, tmp_path, monkeypatch,
     def no_work(*_):
         raise AssertionError("it merged or scored before it refused")
 
-    monkeypatch.setattr(command, "merge", no_work)
-    monkeypatch.setattr(command, "evaluate", no_work)
+    monkeypatch.setattr(scoring, "merge", no_work)
+    monkeypatch.setattr(scoring, "evaluate", no_work)
     data = shutil.copytree(data_dir, tmp_path / "data")
     damage(runs, data)
     with pytest.raises(UserError, match=why) as caught:
@@ -285,6 +308,15 @@ def test_methods_without_a_scale(made, tmp_path):
         ("--search 0.5 0 nan 1 inf -2", ["--search 0 nan inf -2:", "finite", "above 0"]),
         ("--search 0 --max-test-samples 0", ["--search 0:", "--max-test-samples 0"]),
         ("--search 0 --per-device-eval-bsz 0", ["--search 0:", "--per-device-eval-bsz 0"]),
+        ("--search 1 --search-density 0 2 0.5", ["--search-density 0 2:", "(0, 1]"]),
+        ("--search-density 0.5", ["--search-density needs --search"]),
+        ("--search 1 --search-density 0.5 --density 0.2", ["--density", "one of them"]),
+        ("--rank 8", ["--rank 8", "--export adapter"]),
+        ("--rank 0 --export adapter", ["--rank 0", "at least 1"]),
+        (
+            "--from r.json --methods ties --search 1 --scale 1 --density 1 --trim tensor",
+            ["--from", "leave --methods, --search, --scale, --density, --trim out"],
+        ),
     ],
 )
 def test_flags(flags, words):

@@ -18,7 +18,8 @@ from osrm.runs import write_json, write_text
 from osrm.task_vectors import LoraPair
 
 if TYPE_CHECKING:
-    from osrm.commands.merge import Evaluation, Inputs
+    from osrm.commands.merge import Inputs
+    from osrm.commands.scoring import Evaluation
 
 SAMPLES = 100
 FILES = ("interference.json", "interference.md", "interference.png", "interference-layers.png")

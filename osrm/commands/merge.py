@@ -8,63 +8,40 @@ import os
 import re
 import resource
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from functools import cache, partial
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
-from torch import Tensor
 
-from osrm import report
-from osrm.adapters import applied, load_head
-from osrm.backbones import Backbone, find_backbone, load_model, load_tokenizer
-from osrm.checkpoints import (
-    Checkpoint,
-    check_fits,
-    check_task,
-    checksum,
-    named_directories,
-    read_checkpoint,
-)
-from osrm.commands.diagnose import FILES, diagnose_merges
-from osrm.commands.statistics import collect_statistics
-from osrm.config import MergeConfig, TrainConfig, read_json
+from osrm.backbones import find_backbone, load_model, load_tokenizer
+from osrm.checkpoints import Checkpoint, check_task, checksum, named_directories, read_checkpoint
+from osrm.config import MergeConfig, read_json
 from osrm.errors import UserError
-from osrm.evaluation import evaluate
 from osrm.export import export_adapter, export_model
-from osrm.glue import (
-    TASKS,
-    find_tasks,
-    fingerprint,
-    load_task,
-    split_task,
-    tokenize,
-    validation_splits,
-)
 from osrm.merged import RECIPE, MergedUpdate, save_merged
 from osrm.merging import METHODS, check_knobs, merge, row
 from osrm.merging.regmean import condition
-from osrm.runs import check_output, environment, staged, write_json, write_text
-from osrm.task_vectors import TaskVectors, dense
+from osrm.runs import check_output, environment, staged, write_json
+from osrm.task_vectors import TaskVectors
+
+# Scores, data and plots need libraries that are slow to load and large: with --no-eval nothing of
+# `scoring`, `statistics`, `diagnose` and `glue` is imported but to name the classes of a head.
+if TYPE_CHECKING:
+    from osrm.commands.scoring import Evaluation
 
 logger = logging.getLogger(__name__)
 
+FILES = ("results.", "tasks.png", "search.png", "interference")
+"""How the names of the files begin that stand beside the merges."""
 SETTINGS = ("dtype", "max_num_samples", "count_padding")
 """The flags that a merge depends on beside its inputs and knobs: --from takes the recipe's."""
-
-Scores = dict[str, dict[str, dict[str, float]]]
-"""{row of the table: {task: {metric: value}}}"""
 
 Search = dict[str, Any]
 """One method's {"chosen_on", "grid": [λ], "scores": {task: [score]}, "average", "best": λ, "knobs":
 what else was chosen, such as {"density": 0.2}: all of the best density alone}."""
-
-Splits = dict[str, dict[str, Dataset]]
-"""{task: {suffix of the metrics: tokenised examples}}"""
 
 
 @dataclass(frozen=True)
@@ -101,7 +78,11 @@ def run(config: MergeConfig) -> None:
         )
     if config.weights:
         add_weights(methods, config.weights, [*inputs.checkpoints])
-    evaluation = None if config.no_eval else prepare(config, inputs, methods)
+    evaluation = None
+    if not config.no_eval:
+        from osrm.commands import scoring
+
+        evaluation = scoring.prepare(config, inputs, methods)
     recipe = base_recipe(config, inputs)
     with staged(directory) as staging:
         search: dict[str, Search] = {}
@@ -110,7 +91,7 @@ def run(config: MergeConfig) -> None:
             search = {source["method"]: source["search"]}
         merger.save(methods, search)
         if evaluation and config.search:
-            search = search_knobs(config, evaluation, merger, methods)
+            search = scoring.search_knobs(config, evaluation, merger, methods)
             best = {
                 name: {**methods[name], **found["knobs"], "scale": found["best"]}
                 for name, found in search.items()
@@ -120,17 +101,10 @@ def run(config: MergeConfig) -> None:
         for kind in config.export:
             export_all(kind, staging, [*methods], [*inputs.checkpoints], config.rank)
         if evaluation:
-            scores = evaluate_all(evaluation, inputs, staging, [*methods])
-            results = {
-                "init": common_init(inputs),
-                "backbone": inputs.backbone,
-                "rows": report.rows(scores, methods, merger.costs),
-                "search": search,
-                "evaluation": evaluation.settings,
-                **recipe,
-            }
-            write_results(staging, results)
+            scoring.score_all(evaluation, merger, methods, search)
         if evaluation and config.diagnose:
+            from osrm.commands.diagnose import diagnose_merges
+
             diagnose_merges(evaluation, inputs, staging, [*methods])
     for name in ("results.md", "interference.md"):
         if (directory / name).exists():
@@ -145,19 +119,10 @@ def check_replaceable(directory: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"--output-dir {directory} exists; choose another, or add --overwrite")
-    ours = {
-        "results.json",
-        "results.md",
-        "results.csv",
-        "results.png",
-        "tasks.png",
-        "search.png",
-        *FILES,
-    }
     foreign = [
         path.name
         for path in directory.iterdir()
-        if path.name not in ours and not (path / RECIPE).exists()
+        if not path.name.startswith(FILES) and not (path / RECIPE).exists()
     ]
     if foreign:
         raise UserError(
@@ -221,6 +186,8 @@ def read_inputs(config: MergeConfig, recipe: Mapping[str, Any] | None = None) ->
         where = f"--load-model-path {config.load_model_path}"
         directories = named_directories(config.load_model_path, None)
     if not config.no_eval:
+        from osrm.glue import find_tasks
+
         find_tasks(directories, where)
     odd = [task for task in directories if not re.fullmatch(r"\w[\w.-]*", task)]
     if odd:
@@ -275,8 +242,11 @@ def head_labels(task: str, checkpoint: Checkpoint, config: MergeConfig) -> tuple
         UserError: the task is to be evaluated and has no such head.
     """
     outputs = min((len(each) for each in checkpoint.head.values() if each.ndim == 2), default=0)
-    if task in TASKS and outputs == TASKS[task].num_labels:
-        return TASKS[task].labels
+    if outputs or not config.no_eval:
+        from osrm.glue import TASKS
+
+        if task in TASKS and outputs == TASKS[task].num_labels:
+            return TASKS[task].labels
     if not config.no_eval:
         found = f"its head has {outputs} outputs" if outputs else "it has no trained head"
         raise UserError(
@@ -436,6 +406,8 @@ class Merger:
     @cache  # noqa: B019  (one merger a run)
     def statistics(self, needs: str) -> Mapping[str, Any]:
         """What methods of these needs look at beside the updates."""
+        from osrm.commands.statistics import collect_statistics
+
         assert self.evaluation is not None
         modules = [*self.inputs.vectors]
         return collect_statistics(needs, self.evaluation, self.inputs.checkpoints, modules)
@@ -475,235 +447,3 @@ def export_all(
                     "%s: adapters of rank %d, relative error %.2g",
                     *(method, found["rank"], found["error"]),
                 )
-
-
-def write_results(directory: Path, results: dict[str, Any]) -> None:
-    """results.json, the table and the plots."""
-    write_json(directory / "results.json", results)
-    write_text(
-        directory / "results.md", report.table([results]) + "\n" + report.cost_table(results)
-    )
-    report.write_csv(results, directory / "results.csv")
-    report.plot([results], directory / "results.png")
-    report.plot_tasks(results, directory / "tasks.png")
-    if results["search"]:
-        report.plot_search(results["search"], directory / "search.png")
-
-
-def common_init(inputs: Inputs) -> str:
-    """The start of A that the runs had; it names them in the table."""
-    inits = {each.args.get("init", "adapters") for each in inputs.checkpoints.values()}
-    return inits.pop() if len(inits) == 1 else "mixed starts"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """All that the scoring needs, loaded and checked before anything is merged."""
-
-    backbone: Backbone
-    tokenizer: Any
-    settings: dict[str, dict[str, Any]]
-    """{task: data and settings}: the flags, else the run's own args.json."""
-    reported: Splits
-    held_out: Splits
-    """What chooses λ; empty without --search."""
-    train: dict[str, Dataset]
-    """{task: training examples} for RegMean and Fisher; empty without them."""
-    count_padding: bool
-
-    def model(self, task: str) -> Any:
-        """The pre-trained model with a new head for the task."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        labels = TASKS[task].labels
-        return load_model(self.backbone, labels, self.tokenizer, torch.float32).to(device)
-
-    def score(self, model: Any, task: str, splits: Splits, title: str) -> dict[str, float]:
-        """The metrics of a model with the task's head on the task's part of `splits`."""
-        batch_size = self.settings[task]["batch_size"]
-        return evaluate(model, TASKS[task], splits[task], self.tokenizer, batch_size, title)
-
-
-def prepare(config: MergeConfig, inputs: Inputs, methods: Iterable[str]) -> Evaluation:
-    """Load tokenizer and data, and see that every update and head fits the base model.
-
-    Raises:
-        UserError: no such model or data; an update or head of another model; see `held_out_part`.
-    """
-    backbone = find_backbone(inputs.backbone or "")
-    tokenizer = load_tokenizer(backbone)
-    defaults = {each.name: each.default for each in fields(TrainConfig)}
-    defaults["data_dir"] = backbone.data_dir
-    settings, reported, held_out, train = {}, {}, {}, {}
-    trains = any(METHODS[name].needs for name in methods)
-    for name, checkpoint in inputs.checkpoints.items():
-        names = ("data_dir", "max_seq_len", "max_test_samples", "seed")
-        chosen = {each: checkpoint.args.get(each, defaults[each]) for each in names}
-        for each in ("data_dir", "max_test_samples"):
-            if getattr(config, each) is not None:
-                chosen[each] = getattr(config, each)
-        settings[name] = {**chosen, "batch_size": config.per_device_eval_bsz}
-        loaded = load_task(
-            TASKS[name], chosen["data_dir"], validation_only=not (config.search or trains)
-        )
-        splits = validation_splits(loaded, chosen["max_test_samples"], chosen["seed"])
-        encode = partial(
-            tokenize, task=TASKS[name], tokenizer=tokenizer, max_seq_len=chosen["max_seq_len"]
-        )
-        reported[name] = {suffix: encode(split) for suffix, split in splits.items()}
-        if config.search:
-            part = held_out_part(name, checkpoint, loaded)
-            settings[name]["held_out_examples"] = len(part)
-            held_out[name] = {"": encode(part)}
-        if trains:
-            settings[name]["statistics_examples"] = config.max_num_samples
-            most = config.max_num_samples
-            train[name] = encode(split_task(loaded, chosen["seed"], max_train=most).train)
-    evaluation = Evaluation(
-        backbone, tokenizer, settings, reported, held_out, train, config.count_padding
-    )
-    for name, checkpoint in inputs.checkpoints.items():
-        check_fits(checkpoint, evaluation.model(name))
-    return evaluation
-
-
-def held_out_part(task: str, checkpoint: Checkpoint, loaded: Mapping[str, Dataset]) -> Dataset:
-    """The examples that selected the run's best epoch: neither trained on nor reported.
-
-    Raises:
-        UserError: there are none, or nothing proves that they are the ones.
-    """
-    match checkpoint.args:
-        case {"select_on": "validation"}:
-            why = "it was trained with --select-on validation: what selects is what is reported"
-        case {"source": {"held_out": held_out}, "data": {"selection": {"fingerprint": own}}} if (
-            held_out != own
-        ):
-            why = "it was transformed from a run that may have been trained on these examples"
-        case {
-            "seed": int(seed),
-            "max_eval_samples": int(most),
-            "data": {"selection": {"fingerprint": str(recorded)}},
-        }:
-            selection = split_task(loaded, seed, max_selection=most).selection
-            if fingerprint(selection) == recorded:
-                return selection
-            why = "the training data is no longer that of the run, by its args.json"
-        case _:
-            why = "no args.json of train_glue.py says which examples were held out"
-    raise UserError(f"--search, task '{task}': {checkpoint.path}: {why}; give --scale instead")
-
-
-class Rescaled(Mapping[str, Tensor]):
-    """λ times an update, computed one module at a time."""
-
-    def __init__(self, update: Mapping[str, Tensor], scale: float) -> None:
-        self.update, self.scale = update, scale
-
-    def __getitem__(self, module: str) -> Tensor:
-        return self.scale * self.update[module]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.update)
-
-    def __len__(self) -> int:
-        return len(self.update)
-
-
-def search_knobs(
-    config: MergeConfig,
-    evaluation: Evaluation,
-    merger: Merger,
-    methods: Mapping[str, dict[str, Any]],
-) -> dict[str, Search]:
-    """The λ, and density, of each method that has them, by the average score on held-out data.
-
-    Each density is merged once, with λ = 1: updates are linear in λ. `methods` are merged already;
-    the directory of one holds its last candidate afterwards.
-    """
-    grid = sorted(set(config.search))
-    best: dict[str, Search] = {}
-    densities: list[float] | list[None] = sorted(set(config.search_density)) or [None]
-    for density in densities:
-        tried: dict[str, dict[str, Any]] = {}
-        for name in methods:
-            takes = METHODS[name].knobs
-            if "scale" in takes and density is not None and "density" in takes:
-                tried[name] = {"density": density}
-            elif "scale" in takes and name not in best:
-                tried[name] = {}
-        merger.save({name: {**methods[name], **knobs} for name, knobs in tried.items() if knobs})
-        scores = {
-            task: held_out_scores(
-                evaluation, task, checkpoint.head, merger.directory, [*tried], grid
-            )
-            for task, checkpoint in merger.inputs.checkpoints.items()
-        }
-        for name, knobs in tried.items():
-            found = choose_scale(grid, {task: each[name] for task, each in scores.items()})
-            found["knobs"] = knobs
-            if name not in best or max(found["average"]) > max(best[name]["average"]):
-                best[name] = found
-    for name, found in best.items():
-        logger.info("%s: λ = %g is the best of %s on held-out data", name, found["best"], grid)
-    return best
-
-
-def held_out_scores(
-    evaluation: Evaluation,
-    task: str,
-    head: Mapping[str, Tensor],
-    merged: Path,
-    methods: list[str],
-    grid: list[float],
-) -> dict[str, list[float]]:
-    """{method: one task's score with each λ}; one model is lent all the updates."""
-    model = evaluation.model(task)
-    load_head(model, head)
-    scores: dict[str, list[float]] = {method: [] for method in methods}
-    for method in methods:
-        update = MergedUpdate(merged / method, task)
-        for scale in grid:
-            with applied(model, Rescaled(update, scale)):
-                title = f"{task}: {method}, λ = {scale:g}"
-                metrics = evaluation.score(model, task, evaluation.held_out, title)
-            scores[method].append(metrics[f"eval_{TASKS[task].score}"])
-    return scores
-
-
-def choose_scale(grid: list[float], scores: dict[str, list[float]]) -> Search:
-    """The λ with the best average over the tasks, the smallest of those."""
-    average = [mean(each) for each in zip(*scores.values())]
-    # Rounded: averages that are equal as fractions may differ in their last bit.
-    _, best = max(zip(average, grid), key=lambda each: (round(each[0], 12), -each[1]))
-    return {
-        "chosen_on": "held-out data",
-        "grid": grid,
-        "scores": scores,
-        "average": average,
-        "best": best,
-    }
-
-
-def evaluate_all(
-    evaluation: Evaluation, inputs: Inputs, merged: Path, methods: list[str]
-) -> Scores:
-    """Score the pre-trained body, each task's own update and every merge, with the task's head.
-
-    One model is in memory at a time, and lent one update after the other.
-    """
-    scores: Scores = {name: {} for name in ("pre-trained", "individual", *methods)}
-    for name, checkpoint in inputs.checkpoints.items():
-        model = evaluation.model(name)
-        load_head(model, checkpoint.head)
-        own = {module: dense(update) for module, update in checkpoint.updates.items()}
-        for line in scores:
-            update: Mapping[str, Tensor]
-            if line in methods:
-                update = MergedUpdate(merged / line, name)
-            else:
-                update = own if line == "individual" else {}
-            with applied(model, update):
-                scores[line][name] = evaluation.score(
-                    model, name, evaluation.reported, f"{name}: {line}"
-                )
-    return scores

@@ -13,7 +13,7 @@ def average(updates: Inputs, *, weights: Sequence[float] | None = None) -> Mappi
         weights: w, one a task in their order; equal by default.
     """
     given = weights or [1.0] * len(updates.tasks)
-    if not sum(given):
+    if abs(sum(given)) <= 1e-9 * sum(map(abs, given)):
         raise UserError("weights: they sum to 0, so there is no mean; change one")
     shares = [weight / sum(given) for weight in given]
     return Lazy(updates, lambda name: updates.weighted_sum(name, shares))

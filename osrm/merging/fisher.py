@@ -23,7 +23,7 @@ def fisher(
     Args:
         statistics: F of every module, the diagonal of each task's Fisher information.
     """
-    squares = [statistics[name].double().square().sum((1, 2)) for name in updates]
+    squares = [statistics[name].square().sum((1, 2), dtype=torch.float64) for name in updates]
     norms = (torch.stack(squares).sum(0).sqrt() + FLOOR).to(updates.dtype)
 
     def merged(name: str) -> Float[Tensor, "out in"]:

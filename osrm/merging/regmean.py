@@ -1,5 +1,6 @@
 """RegMean: the update whose outputs are nearest to every task's own (Jin et al., 2023)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import reduce
 
@@ -7,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from osrm.errors import UserError
 from osrm.merging._updates import Inputs, Lazy, Part
 from osrm.moments import Moment
 from osrm.task_vectors import LoraPair
@@ -29,18 +31,25 @@ def regmean(
 
     Args:
         statistics: the moments of every module's inputs in the tasks' own models, in their order.
-        ridge: δ_t in units of the mean eigenvalue of G_t.
+        ridge: δ_t in units of the mean eigenvalue of G_t (of 1 where nothing ever enters).
         off_diagonal: what G's entries off the diagonal are multiplied by (paper, Sec. 3.2).
+
+    Raises:
+        UserError: at a look-up, where the equations are singular, as few features without a ridge
+            make them.
     """
 
     def merged(name: str) -> LoraPair:
         B, A = zip(*updates.factors(name), strict=True)
         weighted, total = [], torch.zeros(())
-        for factor, moment in zip(A, statistics[name], strict=True):
+        for right, moment in zip(A, statistics[name], strict=True):
             G = gram(moment, ridge, off_diagonal)
-            weighted.append(factor @ G)
+            weighted.append(right @ G)
             total = total + G
-        solved = torch.cholesky_solve(torch.cat(weighted).T, torch.linalg.cholesky(total))
+        factor, singular = torch.linalg.cholesky_ex(total)
+        if singular:
+            raise UserError(f"regmean: the equations of {name} are singular; take a larger ridge")
+        solved = torch.cholesky_solve(torch.cat(weighted).T, factor)
         left = torch.cat(B, 1).to(updates.dtype)
         return LoraPair(solved.T.to(updates.dtype), left, 1.0)
 
@@ -49,8 +58,8 @@ def regmean(
 
 def gram(moment: Moment, ridge: float, off_diagonal: float) -> Float[Tensor, "d d"]:
     """G + δ I in float64, its other entries shrunk."""
-    G = moment.gram / moment.count
-    diagonal = G.diagonal() + ridge * G.diagonal().mean()
+    G = moment.gram / max(moment.count, 1)
+    diagonal = G.diagonal() + ridge * (float(G.diagonal().mean()) or 1.0)
     G = off_diagonal * G
     G.diagonal().copy_(diagonal)
     return G
@@ -62,4 +71,4 @@ def condition(
     """Largest over smallest eigenvalue of the equations that `regmean` solves for one module."""
     total = reduce(torch.add, (gram(moment, ridge, off_diagonal) for moment in moments))
     values = torch.linalg.eigvalsh(total)
-    return float(values[-1] / values[0])
+    return float(values[-1] / values[0]) if values[0] > 0 else math.inf

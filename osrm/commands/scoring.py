@@ -1,0 +1,286 @@
+"""Scores of merges: each task with its own head, on data of its own; and the choice of λ."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from osrm import report
+from osrm.adapters import applied, load_head
+from osrm.backbones import Backbone, find_backbone, load_model, load_tokenizer
+from osrm.checkpoints import Checkpoint, check_fits
+from osrm.config import MergeConfig, TrainConfig
+from osrm.errors import UserError
+from osrm.evaluation import evaluate
+from osrm.glue import TASKS, fingerprint, load_task, split_task, tokenize, validation_splits
+from osrm.merged import MergedUpdate
+from osrm.merging import METHODS
+from osrm.runs import write_json, write_text
+from osrm.task_vectors import dense
+
+if TYPE_CHECKING:
+    from osrm.commands.merge import Inputs, Merger, Search
+
+logger = logging.getLogger(__name__)
+
+Scores = dict[str, dict[str, dict[str, float]]]
+"""{row of the table: {task: {metric: value}}}"""
+
+Splits = dict[str, dict[str, Dataset]]
+"""{task: {suffix of the metrics: tokenised examples}}"""
+
+
+def score_all(
+    evaluation: Evaluation,
+    merger: Merger,
+    methods: Mapping[str, dict[str, Any]],
+    search: Mapping[str, Search],
+) -> None:
+    """Score every merge; write results.json, tables and plots beside them."""
+    directory = merger.directory
+    scores = evaluate_all(evaluation, merger.inputs, directory, [*methods])
+    results = {
+        "init": common_init(merger.inputs),
+        "backbone": merger.inputs.backbone,
+        "rows": report.rows(scores, methods, merger.costs),
+        "search": search,
+        "evaluation": evaluation.settings,
+        **merger.recipe,
+    }
+    write_json(directory / "results.json", results)
+    write_text(
+        directory / "results.md", report.table([results]) + "\n" + report.cost_table(results)
+    )
+    report.write_csv(results, directory / "results.csv")
+    report.plot([results], directory / "results.png")
+    report.plot_tasks(results, directory / "tasks.png")
+    if search:
+        report.plot_search(search, directory / "search.png")
+
+
+def common_init(inputs: Inputs) -> str:
+    """The start of A that the runs had; it names them in the table."""
+    inits = {each.args.get("init", "adapters") for each in inputs.checkpoints.values()}
+    return inits.pop() if len(inits) == 1 else "mixed starts"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that the scoring needs, loaded and checked before anything is merged."""
+
+    backbone: Backbone
+    tokenizer: Any
+    settings: dict[str, dict[str, Any]]
+    """{task: data and settings}: the flags, else the run's own args.json."""
+    reported: Splits
+    held_out: Splits
+    """What chooses λ; empty without --search."""
+    train: dict[str, Dataset]
+    """{task: training examples} for RegMean and Fisher; empty without them."""
+    count_padding: bool
+
+    def model(self, task: str) -> Any:
+        """The pre-trained model with a new head for the task."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        labels = TASKS[task].labels
+        return load_model(self.backbone, labels, self.tokenizer, torch.float32).to(device)
+
+    def score(self, model: Any, task: str, splits: Splits, title: str) -> dict[str, float]:
+        """The metrics of a model with the task's head on the task's part of `splits`."""
+        batch_size = self.settings[task]["batch_size"]
+        return evaluate(model, TASKS[task], splits[task], self.tokenizer, batch_size, title)
+
+
+def prepare(config: MergeConfig, inputs: Inputs, methods: Iterable[str]) -> Evaluation:
+    """Load tokenizer and data, and see that every update and head fits the base model.
+
+    Raises:
+        UserError: no such model or data; an update or head of another model; see `held_out_part`.
+    """
+    backbone = find_backbone(inputs.backbone or "")
+    tokenizer = load_tokenizer(backbone)
+    defaults = {each.name: each.default for each in fields(TrainConfig)}
+    defaults["data_dir"] = backbone.data_dir
+    settings, reported, held_out, train = {}, {}, {}, {}
+    trains = any(METHODS[name].needs for name in methods)
+    for name, checkpoint in inputs.checkpoints.items():
+        names = ("data_dir", "max_seq_len", "max_test_samples", "seed")
+        chosen = {each: checkpoint.args.get(each, defaults[each]) for each in names}
+        for each in ("data_dir", "max_test_samples"):
+            if getattr(config, each) is not None:
+                chosen[each] = getattr(config, each)
+        settings[name] = {**chosen, "batch_size": config.per_device_eval_bsz}
+        loaded = load_task(
+            TASKS[name], chosen["data_dir"], validation_only=not (config.search or trains)
+        )
+        splits = validation_splits(loaded, chosen["max_test_samples"], chosen["seed"])
+        encode = partial(
+            tokenize, task=TASKS[name], tokenizer=tokenizer, max_seq_len=chosen["max_seq_len"]
+        )
+        reported[name] = {suffix: encode(split) for suffix, split in splits.items()}
+        if config.search:
+            part = held_out_part(name, checkpoint, loaded)
+            settings[name]["held_out_examples"] = len(part)
+            held_out[name] = {"": encode(part)}
+        if trains:
+            settings[name]["statistics_examples"] = config.max_num_samples
+            most = config.max_num_samples
+            train[name] = encode(split_task(loaded, chosen["seed"], max_train=most).train)
+    evaluation = Evaluation(
+        backbone, tokenizer, settings, reported, held_out, train, config.count_padding
+    )
+    for name, checkpoint in inputs.checkpoints.items():
+        check_fits(checkpoint, evaluation.model(name))
+    return evaluation
+
+
+def held_out_part(task: str, checkpoint: Checkpoint, loaded: Mapping[str, Dataset]) -> Dataset:
+    """The examples that selected the run's best epoch: neither trained on nor reported.
+
+    Raises:
+        UserError: there are none, or nothing proves that they are the ones.
+    """
+    match checkpoint.args:
+        case {"select_on": "validation"}:
+            why = "it was trained with --select-on validation: what selects is what is reported"
+        case {"source": {"held_out": held_out}, "data": {"selection": {"fingerprint": own}}} if (
+            held_out != own
+        ):
+            why = "it was transformed from a run that may have been trained on these examples"
+        case {
+            "seed": int(seed),
+            "max_eval_samples": int(most),
+            "data": {"selection": {"fingerprint": str(recorded)}},
+        }:
+            selection = split_task(loaded, seed, max_selection=most).selection
+            if fingerprint(selection) == recorded:
+                return selection
+            why = "the training data is no longer that of the run, by its args.json"
+        case _:
+            why = "no args.json of train_glue.py says which examples were held out"
+    raise UserError(f"--search, task '{task}': {checkpoint.path}: {why}; give --scale instead")
+
+
+class Rescaled(Mapping[str, Tensor]):
+    """λ times an update, computed one module at a time."""
+
+    def __init__(self, update: Mapping[str, Tensor], scale: float) -> None:
+        self.update, self.scale = update, scale
+
+    def __getitem__(self, module: str) -> Tensor:
+        return self.scale * self.update[module]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.update)
+
+    def __len__(self) -> int:
+        return len(self.update)
+
+
+def search_knobs(
+    config: MergeConfig,
+    evaluation: Evaluation,
+    merger: Merger,
+    methods: Mapping[str, dict[str, Any]],
+) -> dict[str, Search]:
+    """The λ, and density, of each method that has them, by the average score on held-out data.
+
+    Each density is merged once, with λ = 1: updates are linear in λ. `methods` are merged already;
+    the directory of one holds its last candidate afterwards.
+    """
+    grid = sorted(set(config.search))
+    best: dict[str, Search] = {}
+    densities: list[float] | list[None] = sorted(set(config.search_density)) or [None]
+    for density in densities:
+        tried: dict[str, dict[str, Any]] = {}
+        for name in methods:
+            takes = METHODS[name].knobs
+            if "scale" in takes and density is not None and "density" in takes:
+                tried[name] = {"density": density}
+            elif "scale" in takes and name not in best:
+                tried[name] = {}
+        merger.save({name: {**methods[name], **knobs} for name, knobs in tried.items() if knobs})
+        scores = {
+            task: held_out_scores(
+                evaluation, task, checkpoint.head, merger.directory, [*tried], grid
+            )
+            for task, checkpoint in merger.inputs.checkpoints.items()
+        }
+        for name, knobs in tried.items():
+            found = choose_scale(grid, {task: each[name] for task, each in scores.items()})
+            found["knobs"] = knobs
+            if name not in best or max(found["average"]) > max(best[name]["average"]):
+                best[name] = found
+    for name, found in best.items():
+        logger.info("%s: λ = %g is the best of %s on held-out data", name, found["best"], grid)
+    return best
+
+
+def held_out_scores(
+    evaluation: Evaluation,
+    task: str,
+    head: Mapping[str, Tensor],
+    merged: Path,
+    methods: list[str],
+    grid: list[float],
+) -> dict[str, list[float]]:
+    """{method: one task's score with each λ}; one model is lent all the updates."""
+    model = evaluation.model(task)
+    load_head(model, head)
+    scores: dict[str, list[float]] = {method: [] for method in methods}
+    for method in methods:
+        update = MergedUpdate(merged / method, task)
+        for scale in grid:
+            with applied(model, Rescaled(update, scale)):
+                title = f"{task}: {method}, λ = {scale:g}"
+                metrics = evaluation.score(model, task, evaluation.held_out, title)
+            scores[method].append(metrics[f"eval_{TASKS[task].score}"])
+    return scores
+
+
+def choose_scale(grid: list[float], scores: dict[str, list[float]]) -> Search:
+    """The λ with the best average over the tasks, the smallest of those."""
+    average = [mean(each) for each in zip(*scores.values())]
+    # Rounded: averages that are equal as fractions may differ in their last bit.
+    _, best = max(zip(average, grid), key=lambda each: (round(each[0], 12), -each[1]))
+    return {
+        "chosen_on": "held-out data",
+        "grid": grid,
+        "scores": scores,
+        "average": average,
+        "best": best,
+    }
+
+
+def evaluate_all(
+    evaluation: Evaluation, inputs: Inputs, merged: Path, methods: list[str]
+) -> Scores:
+    """Score the pre-trained body, each task's own update and every merge, with the task's head.
+
+    One model is in memory at a time, and lent one update after the other.
+    """
+    scores: Scores = {name: {} for name in ("pre-trained", "individual", *methods)}
+    for name, checkpoint in inputs.checkpoints.items():
+        model = evaluation.model(name)
+        load_head(model, checkpoint.head)
+        own = {module: dense(update) for module, update in checkpoint.updates.items()}
+        for line in scores:
+            update: Mapping[str, Tensor]
+            if line in methods:
+                update = MergedUpdate(merged / line, name)
+            else:
+                update = own if line == "individual" else {}
+            with applied(model, update):
+                scores[line][name] = evaluation.score(
+                    model, name, evaluation.reported, f"{name}: {line}"
+                )
+    return scores
