@@ -70,7 +70,7 @@ def load_tokenizer(backbone: Backbone) -> Any:
 
 
 def load_model(
-    backbone: Backbone, labels: tuple[str, ...], tokenizer: Any, dtype: torch.dtype
+    backbone: Backbone, labels: tuple[str, ...], tokenizer: Any, dtype: torch.dtype | str
 ) -> Any:
     """The pre-trained model with a new head, drawn from torch's global generator.
 

@@ -73,6 +73,9 @@ def _share(lost: float, whole: float) -> float:
 
 
 def export_model(merged: MergedUpdate, directory: Path) -> None:
-    """Write the whole model of one task with its tokenizer, in shards, for `from_pretrained`."""
-    load_merged(merged.directory, merged.task).save_pretrained(directory)
+    """Write the whole model of one task with its tokenizer, in shards, for `from_pretrained`.
+
+    It has the base's precision, and is in memory once.
+    """
+    load_merged(merged.directory, merged.task, dtype="auto").save_pretrained(directory)
     load_tokenizer(find_backbone(merged.recipe["backbone"])).save_pretrained(directory)

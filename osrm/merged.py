@@ -144,12 +144,18 @@ class MergedUpdate(Mapping[str, Tensor]):
 
 
 @torch.no_grad()
-def load_merged(directory: str | Path, task: str, backbone: str | None = None) -> Any:
+def load_merged(
+    directory: str | Path,
+    task: str,
+    backbone: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+) -> Any:
     """A ready `transformers` model of one task out of a directory that merge.py wrote.
 
     Args:
         directory: one method's directory, such as `.save_dir/merged/ties`.
         backbone: a name, path or hub id of the base model, if it is no longer where it was.
+        dtype: of the model; "auto" is the base's own.
 
     Raises:
         UserError: not such a directory, or it has no update or head for this task.
@@ -157,7 +163,7 @@ def load_merged(directory: str | Path, task: str, backbone: str | None = None) -
     update = MergedUpdate(Path(directory), task)
     base = find_backbone(backbone or update.recipe["backbone"])
     labels = tuple(update.recipe["tasks"][task]["labels"])
-    model = load_model(base, labels, load_tokenizer(base), torch.float32)
+    model = load_model(base, labels, load_tokenizer(base), dtype)
     load_head(model, update.head)
     for module in update:
         linear_weight(model, module).add_(update[module])

@@ -1,5 +1,6 @@
 """Bad input is one line that names file, field and mend, and exit code 2, before any long work."""
 
+import errno
 import json
 import os
 import runpy
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -699,3 +701,29 @@ def test_index_of_shards(refuse, dense, tiny, index):
     (folder / "model.safetensors.index.json").write_text(index)
     argv = [*MERGE, "--backbone", str(tiny["roberta"])]
     refuse("merge.py", argv, ["model.safetensors.index.json", "weight_map"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+    ],
+)
+def test_a_full_disk_is_one_line(error, capsys):
+    def main():
+        raise error
+
+    assert run_script(main) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and "the disk is full; free some space" in printed
+
+
+def test_a_bug_is_no_bad_input():
+    def main():
+        raise OSError(errno.EACCES, "a bug")
+
+    with pytest.raises(OSError, match="a bug"):
+        run_script(main)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import warnings
 from pathlib import Path
 
@@ -203,6 +204,23 @@ def test_an_exported_model_computes_what_the_merged_model_does(method, out, tmp_
         ours = logits(load_merged(out / method, task))
         torch.testing.assert_close(logits(theirs), ours, rtol=0, atol=1e-6)
         assert (tmp_path / task / "tokenizer.json").exists()
+
+
+def test_an_exported_model_has_the_precision_of_its_base(out, tmp_path):
+    merged = shutil.copytree(out / "ties", tmp_path / "ties")
+    recipe = json.loads((merged / "recipe.json").read_text())
+    base = AutoModelForSequenceClassification.from_pretrained(recipe["backbone"])
+    base.bfloat16().base_model.save_pretrained(tmp_path / "base")
+    for file in Path(recipe["backbone"]).glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "base")
+    (merged / "recipe.json").write_text(json.dumps(recipe | {"backbone": str(tmp_path / "base")}))
+    update = MergedUpdate(merged, "kind")
+    export_model(update, tmp_path / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    for name in update:
+        expected = base.get_submodule(name).weight.float() + update[name]
+        assert torch.equal(model.get_submodule(name).weight, expected.bfloat16())
 
 
 def test_merge_py_exports_what_has_a_format(paths, tmp_path, caplog):

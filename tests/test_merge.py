@@ -218,27 +218,6 @@ def test_a_search_scores_what_selected_the_runs_best_epoch(runs, tmp_path):
         assert found["scores"][task] == [pytest.approx(selected, abs=1e-4)]
 
 
-def test_every_merge_can_be_exported(runs, tmp_path, caplog):
-    """Adapters of what has factors, models of all, one for each task; the scores stay."""
-    out = merged(
-        runs, tmp_path, methods=["tsv", "ties"], export=["adapter", "model"], rank=3, no_eval=True
-    )
-    assert sorted(path.name for path in (out / "tsv" / "adapters").iterdir()) == sorted(
-        [*NAMES, "truncation.json"]
-    )
-    found = json.loads((out / "tsv" / "adapters" / "truncation.json").read_text())
-    assert found["rank"] == 3 and 0 < found["error"] < 1
-    assert not (out / "ties" / "adapters").exists() and "no update of low rank" in caplog.text
-    for method in ("tsv", "ties"):
-        for task in NAMES:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                out / method / "models" / task
-            )
-            expected = load_merged(out / method, task).state_dict()
-            assert all(torch.equal(model.state_dict()[name], expected[name]) for name in expected)
-            load_tokenizer(find_backbone(str(out / method / "models" / task)))
-
-
 def test_weights_of_tasks_reach_the_methods_that_take_them(runs, tmp_path):
     methods = ["average", "dare_linear", "ties"]
     out = merged(runs, tmp_path, methods=methods, weights=[f"{NAMES[1]}=3"], no_eval=True)

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from osrm import load_merged
 from osrm.adapters import adapted_modules, add_lora, save_adapter, write_factors
 from osrm.backbones import find_backbone, load_tokenizer, projections
+from osrm.commands import merge as command
 from osrm.commands import scoring
 from osrm.commands.merge import run
 from osrm.commands.scoring import choose_scale
@@ -282,7 +283,7 @@ def test_runs_without_known_held_out_data(runs, data_dir, tmp_path, monkeypatch,
     def no_work(*_):
         raise AssertionError("it merged or scored before it refused")
 
-    monkeypatch.setattr(scoring, "merge", no_work)
+    monkeypatch.setattr(command, "merge", no_work)
     monkeypatch.setattr(scoring, "evaluate", no_work)
     data = shutil.copytree(data_dir, tmp_path / "data")
     damage(runs, data)
