@@ -3,7 +3,8 @@
     python benchmarks/starts.py roberta   # token ids -> A of 8 tasks x 48 modules, four ways
     python benchmarks/starts.py llama     # statistics -> A of 32 layers x 8 tasks, d = 4096
 
-See benchmarks/README.md. Weights, tokens and statistics are random: nothing is downloaded.
+Weights, tokens and statistics are random: nothing is downloaded. README.md, "Which start", has
+the numbers.
 """
 
 from __future__ import annotations
