@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
@@ -28,6 +27,7 @@ from transformers import RobertaConfig, RobertaModel
 from osrm.config import EPSILON
 from osrm.features import batches_by_length, collect, starts
 from osrm.moments import Moment, without
+from osrm.runs import peak_memory, reset_peak_memory
 from osrm.subspace import random_frame
 
 # Mean tokens of an example, both sentences and RoBERTa's special tokens together.
@@ -66,18 +66,6 @@ def machine() -> str:
         f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch"
         f" {torch.__version__}; load averages at the start: {load}"
     )
-
-
-def reset_peak() -> None:
-    """Let the peak of the resident memory begin anew; only Linux can."""
-    switch = Path("/proc/self/clear_refs")
-    if switch.exists():
-        switch.write_text("5")
-
-
-def peak_gib() -> float:
-    """Peak of the resident memory of this process since `reset_peak`, the model included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 # ----------------------------------------------------------------- roberta
@@ -194,7 +182,7 @@ def roberta(args: argparse.Namespace) -> None:
         for procedure in args.procedures:
             if f"{procedure}-{precision}" in args.skip:
                 continue
-            reset_peak()
+            reset_peak_memory()
             begin = time.perf_counter()
             if procedure == "ours":
                 moments, leaders = our_moments(model, modules, data)
@@ -216,7 +204,7 @@ def roberta(args: argparse.Namespace) -> None:
                 end = time.perf_counter()
                 scale = args.samples / release_samples
             features = (middle - begin) * scale
-            rows.append((procedure, precision, features, end - middle, peak_gib()))
+            rows.append((procedure, precision, features, end - middle, peak_memory()))
             print(f"{procedure}, {precision}: {features + end - middle:.1f} s", flush=True)
     ours = {precision: a + b for procedure, precision, a, b, _ in rows if procedure == "ours"}
     print()
@@ -318,11 +306,11 @@ def llama(args: argparse.Namespace) -> None:
         moments = synthetic_moments(args.width, tasks, args.seed + layer)
         features = {task: dict.fromkeys(modules, moment) for task, moment in moments.items()}
         for init in args.starts:
-            reset_peak()
+            reset_peak_memory()
             begin = time.perf_counter()
             found = starts(init, tasks, widths, args.rank, 0, features, leaders, tasks)
             seconds[init] += time.perf_counter() - begin
-            peaks[init] = max(peaks[init], peak_gib())
+            peaks[init] = max(peaks[init], peak_memory())
             if args.check and layer == 0:
                 error = check(init, moments, tasks[0], found[tasks[0]][modules[0]])
                 print(f"{init}: largest relative difference from scipy's eigh: {error:.1e}")

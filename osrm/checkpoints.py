@@ -142,9 +142,7 @@ def check_fits(checkpoint: Checkpoint, model: Any) -> None:
                 f"{checkpoint.path}: {error}; name its base model with --backbone"
             ) from None
         shape: tuple[int, ...] = wanted  # with which a dense difference was compared when read
-        if isinstance(update, LoraPair):
-            shape = (len(update.B), update.A.shape[1])
-        elif isinstance(update, Tensor):
+        if isinstance(update, LoraPair | Tensor):
             shape = tuple(update.shape)
         if shape != wanted:
             raise UserError(

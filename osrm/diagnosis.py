@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from torch import Tensor
 
 from osrm.interference import Diagnosis, others, own
-from osrm.report import COLOURS, save
+from osrm.report import COLOURS, markdown, save
 
 
 def tables(diagnosis: Diagnosis) -> str:
@@ -133,9 +133,4 @@ def _cell(value: float) -> str:
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
-        for line in lines
-    )
+    return markdown([head, ["---", *["---:"] * (len(head) - 1)], *rows])

@@ -315,9 +315,7 @@ def task_features(
         path: where they go, by default into the cache; a file there is not looked at.
     """
     if path is None:
-        text = json.dumps({**settings, "modules": list(modules)}, sort_keys=True)
-        name = hashlib.sha256(text.encode()).hexdigest()[:24]
-        path = cache_dir() / "features" / f"{settings['task']}-{name}.safetensors"
+        path = cache_path(settings, modules)
         if path.exists():
             try:
                 return FeatureFile(path)
@@ -332,6 +330,13 @@ def task_features(
         raise UserError(f"features of '{settings['task']}': {error}") from None
     FeatureFile.save(path, settings, totals, leaders)
     return FeatureFile(path)
+
+
+def cache_path(settings: Mapping[str, Any], modules: Sequence[str]) -> Path:
+    """Where statistics of these settings and modules are cached."""
+    text = json.dumps({**settings, "modules": list(modules)}, sort_keys=True)
+    name = hashlib.sha256(text.encode()).hexdigest()[:24]
+    return cache_dir() / "features" / f"{settings['task']}-{name}.safetensors"
 
 
 def read_bank(directory: Path) -> dict[str, FeatureFile]:

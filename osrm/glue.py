@@ -16,11 +16,13 @@ import pandas as pd
 from datasets import Dataset, DatasetDict
 from pandas.errors import ParserWarning
 from scipy.stats import pearsonr, spearmanr
+from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
 from osrm import embedded
 from osrm.config import MINI_GLUE
 from osrm.errors import UserError, first_line
+from osrm.features import batches_by_length
 
 HUB_DATA = "nyu-mll/glue"
 # All is text: "NA" and "7" are sentences too. The first column is never an index.
@@ -372,6 +374,17 @@ def collator(tokenizer: Any, pad_to: int | None = None) -> Callable[[list[dict]]
         return pad([{k: v for k, v in each.items() if k != "length"} for each in examples])
 
     return collate
+
+
+def feature_batches(
+    encoded: Dataset, tokenizer: Any, batch_size: int, pad_to: int | None
+) -> DataLoader:
+    """Tokenised examples as batches of the model's arguments without labels, of alike lengths."""
+    return DataLoader(
+        encoded.remove_columns("labels"),
+        batch_sampler=batches_by_length(encoded["length"][:], batch_size),
+        collate_fn=collator(tokenizer, pad_to),
+    )
 
 
 def fingerprint(dataset: Dataset) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -76,6 +77,18 @@ def environment() -> dict[str, Any]:
         **{name: version(name) for name in PACKAGES},
         "git_commit": git.stdout.strip() or None,
     }
+
+
+def reset_peak_memory() -> None:
+    """Let the peak begin anew; only Linux can."""
+    switch = Path("/proc/self/clear_refs")
+    if os.access(switch, os.W_OK):
+        switch.write_text("5")
+
+
+def peak_memory() -> float:
+    """Peak of this process's resident memory, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def args_record(config: TrainConfig, task: str, **more: Any) -> dict[str, Any]:

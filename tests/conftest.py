@@ -158,11 +158,9 @@ def tiny_data(tmp_path_factory) -> Path:
 def own_feature_cache(request, monkeypatch, tmp_path_factory):
     """Features are cached in a fresh place; the embedded model and data stay where they are."""
     from osrm import features
-    from osrm.commands import statistics
 
     folder = tmp_path_factory.mktemp("cache")
-    for module in (features, statistics):
-        monkeypatch.setattr(module, "cache_dir", lambda: folder)
+    monkeypatch.setattr(features, "cache_dir", lambda: folder)
     return folder
 
 

@@ -330,7 +330,6 @@ def test_a_recipe_of_methods_that_look_at_data_repeats_it(
     def forget():
         cache = tmp_path_factory.mktemp("cache")
         monkeypatch.setattr("osrm.features.cache_dir", lambda: cache)
-        monkeypatch.setattr("osrm.commands.statistics.cache_dir", lambda: cache)
 
     forget()
     out = merge_them(paths, tmp_path, methods=methods, **few, **data)

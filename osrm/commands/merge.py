@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
-import resource
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -22,9 +20,16 @@ from osrm.config import MergeConfig, read_json
 from osrm.errors import UserError
 from osrm.export import export_adapter, export_model
 from osrm.merged import RECIPE, MergedUpdate, save_merged
-from osrm.merging import METHODS, check_knobs, merge, row
+from osrm.merging import METHODS, check_knobs, merge
 from osrm.merging.regmean import condition
-from osrm.runs import check_output, environment, staged, write_json
+from osrm.runs import (
+    check_output,
+    environment,
+    peak_memory,
+    reset_peak_memory,
+    staged,
+    write_json,
+)
 from osrm.task_vectors import TaskVectors
 
 # Scores, data and plots need libraries that are slow to load and large: with --no-eval nothing of
@@ -63,7 +68,7 @@ def run(config: MergeConfig) -> None:
         config = replace(
             config,
             backbone=config.backbone or source["backbone"],
-            **{name: source[name] for name in SETTINGS if name in source},
+            **{name: source[name] for name in SETTINGS},
         )
     methods = {source["method"]: source["knobs"]} if source else choose_methods(config)
     directory = Path(config.output_dir)
@@ -350,7 +355,7 @@ class Merger:
         self.inputs, self.evaluation = inputs, evaluation
         self.recipe, self.directory = recipe, directory
         self.costs: dict[str, dict[str, float]] = {}
-        """{method: {"merge_seconds", "merge_peak_gib", "size_mib"[, "kept", "condition"]}}"""
+        """{method: {"merge_seconds", "merge_peak_gib", "size_mib"[, "condition", "kept"]}}"""
 
     def save(
         self,
@@ -378,8 +383,6 @@ class Merger:
                 "merge_peak_gib": peak,
                 "size_mib": size,
             }
-            if self.evaluation:
-                self.costs[name]["kept"] = self.kept(name)
             if needs == "moments":
                 assert statistics is not None
                 self.costs[name]["condition"] = max(
@@ -390,20 +393,6 @@ class Merger:
                 *(name, len(heads), seconds, peak, size),
             )
 
-    def kept(self, method: str) -> float:
-        """⟨received, own⟩ / ‖own‖² of the tasks' updates, mean over the tasks."""
-        vectors = self.inputs.vectors
-        saved = MergedUpdate(self.directory / method, vectors.tasks[0])
-        products = torch.zeros(2, len(vectors.tasks), dtype=torch.float64)
-        for module in vectors:
-            own, part = vectors[module], saved.part(module)
-            for task, delta in enumerate(own):
-                received = row(part, task)
-                products[0, task] += (received * delta).sum(dtype=torch.float64)
-                products[1, task] += delta.square().sum(dtype=torch.float64)
-        return float((products[0] / products[1]).nanmean())
-
-    @cache  # noqa: B019  (one merger a run)
     def statistics(self, needs: str) -> Mapping[str, Any]:
         """What methods of these needs look at beside the updates."""
         from osrm.commands.statistics import collect_statistics
@@ -411,18 +400,6 @@ class Merger:
         assert self.evaluation is not None
         modules = [*self.inputs.vectors]
         return collect_statistics(needs, self.evaluation, self.inputs.checkpoints, modules)
-
-
-def reset_peak_memory() -> None:
-    """Let the peak begin anew; only Linux can."""
-    switch = Path("/proc/self/clear_refs")
-    if os.access(switch, os.W_OK):
-        switch.write_text("5")
-
-
-def peak_memory() -> float:
-    """Peak of this process's resident memory, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def export_all(

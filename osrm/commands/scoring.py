@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,9 @@ from osrm.errors import UserError
 from osrm.evaluation import evaluate
 from osrm.glue import TASKS, fingerprint, load_task, split_task, tokenize, validation_splits
 from osrm.merged import MergedUpdate
-from osrm.merging import METHODS
+from osrm.merging import METHODS, Lazy, row
 from osrm.runs import write_json, write_text
-from osrm.task_vectors import dense
+from osrm.task_vectors import TaskVectors, dense
 
 if TYPE_CHECKING:
     from osrm.commands.merge import Inputs, Merger, Search
@@ -48,6 +48,8 @@ def score_all(
     """Score every merge; write results.json, tables and plots beside them."""
     directory = merger.directory
     scores = evaluate_all(evaluation, merger.inputs, directory, [*methods])
+    for method in methods:
+        merger.costs[method]["kept"] = kept(merger.inputs.vectors, directory / method)
     results = {
         "init": common_init(merger.inputs),
         "backbone": merger.inputs.backbone,
@@ -65,6 +67,18 @@ def score_all(
     report.plot_tasks(results, directory / "tasks.png")
     if search:
         report.plot_search(search, directory / "search.png")
+
+
+def kept(vectors: TaskVectors, merged: Path) -> float:
+    """⟨received, own⟩ / ‖own‖² of the tasks' updates, mean over the tasks."""
+    saved = MergedUpdate(merged, vectors.tasks[0])
+    products = torch.zeros(2, len(vectors.tasks), dtype=torch.float64)
+    for module in vectors:
+        part = saved.part(module)
+        for task, delta in enumerate(vectors[module]):
+            products[0, task] += (row(part, task) * delta).sum(dtype=torch.float64)
+            products[1, task] += delta.square().sum(dtype=torch.float64)
+    return float((products[0] / products[1]).nanmean())
 
 
 def common_init(inputs: Inputs) -> str:
@@ -170,22 +184,6 @@ def held_out_part(task: str, checkpoint: Checkpoint, loaded: Mapping[str, Datase
     raise UserError(f"--search, task '{task}': {checkpoint.path}: {why}; give --scale instead")
 
 
-class Rescaled(Mapping[str, Tensor]):
-    """λ times an update, computed one module at a time."""
-
-    def __init__(self, update: Mapping[str, Tensor], scale: float) -> None:
-        self.update, self.scale = update, scale
-
-    def __getitem__(self, module: str) -> Tensor:
-        return self.scale * self.update[module]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.update)
-
-    def __len__(self) -> int:
-        return len(self.update)
-
-
 def search_knobs(
     config: MergeConfig,
     evaluation: Evaluation,
@@ -240,11 +238,17 @@ def held_out_scores(
     for method in methods:
         update = MergedUpdate(merged / method, task)
         for scale in grid:
-            with applied(model, Rescaled(update, scale)):
+            # Bound now: a lambda would see the loop's later values.
+            rescaled = Lazy(update, partial(_times, update, scale))
+            with applied(model, rescaled):
                 title = f"{task}: {method}, λ = {scale:g}"
                 metrics = evaluation.score(model, task, evaluation.held_out, title)
             scores[method].append(metrics[f"eval_{TASKS[task].score}"])
     return scores
+
+
+def _times(update: Mapping[str, Tensor], scale: float, module: str) -> Tensor:
+    return scale * update[module]
 
 
 def choose_scale(grid: list[float], scores: dict[str, list[float]]) -> Search:

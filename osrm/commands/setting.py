@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import set_seed
 from transformers.integrations import get_available_reporting_integrations
 
@@ -39,7 +38,6 @@ from osrm.errors import UserError
 from osrm.evaluation import evaluate
 from osrm.features import (
     FeatureFile,
-    batches_by_length,
     check_comparable,
     read_bank,
     starts,
@@ -50,7 +48,7 @@ from osrm.glue import (
     GlueTask,
     TaskData,
     available_tasks,
-    collator,
+    feature_batches,
     find_tasks,
     fingerprint,
     load_task,
@@ -230,11 +228,8 @@ def collect_features(setting: Setting, model: Any) -> dict[str, FeatureFile]:
         samples = train.select(range(min(count, len(train))))
         encoded = tokenize(samples, task, setting.tokenizer, config.max_seq_len)
         pad_to = config.max_seq_len if config.count_padding else None
-        batches = DataLoader(
-            encoded.remove_columns("labels"),
-            batch_sampler=batches_by_length(encoded["length"][:], config.per_device_eval_bsz),
-            collate_fn=collator(setting.tokenizer, pad_to),
-        )
+        batch_size = config.per_device_eval_bsz
+        batches = feature_batches(encoded, setting.tokenizer, batch_size, pad_to)
         settings = {**shared, "task": name, "samples": len(samples), "data": fingerprint(samples)}
         path = Path(config.feature_bank) / f"{name}.safetensors" if config.feature_bank else None
         found[name] = task_features(settings, model, modules, batches, path)

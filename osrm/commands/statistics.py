@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -18,24 +15,24 @@ from tqdm.auto import tqdm
 
 from osrm.adapters import applied, load_head
 from osrm.checkpoints import Checkpoint, checksum
-from osrm.embedded import cache_dir
-from osrm.features import batches_by_length, task_features
+from osrm.features import cache_path, task_features
 from osrm.fisher import fisher_information
-from osrm.glue import collator, fingerprint
+from osrm.glue import collator, feature_batches, fingerprint
 from osrm.merging import Lazy
 from osrm.task_vectors import dense
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from osrm.commands.scoring import Evaluation
 
 
 def collect_statistics(
-    needs: str, evaluation: Any, checkpoints: Mapping[str, Checkpoint], modules: list[str]
+    needs: str, evaluation: Evaluation, checkpoints: Mapping[str, Checkpoint], modules: list[str]
 ) -> Lazy[Any]:
     """By module, what a method of these needs takes as its statistics; each task's is cached.
 
     Args:
         needs: "moments" or "fisher".
-        evaluation: an `osrm.commands.merge.Evaluation` with training examples.
+        evaluation: with training examples.
     """
     files = {}
     for task, checkpoint in checkpoints.items():
@@ -50,7 +47,7 @@ def collect_statistics(
     return Lazy(modules, lambda module: torch.stack([file[module] for file in files.values()]))
 
 
-def _settings(evaluation: Any, task: str, checkpoint: Checkpoint) -> dict[str, Any]:
+def _settings(evaluation: Evaluation, task: str, checkpoint: Checkpoint) -> dict[str, Any]:
     """All that the statistics depend on beside the modules."""
     return {
         "task": task,
@@ -65,28 +62,21 @@ def _settings(evaluation: Any, task: str, checkpoint: Checkpoint) -> dict[str, A
 
 
 def _moments(
-    evaluation: Any, task: str, checkpoint: Checkpoint, model: Any, modules: list[str]
+    evaluation: Evaluation, task: str, checkpoint: Checkpoint, model: Any, modules: list[str]
 ) -> Mapping[str, Any]:
     examples = evaluation.train[task]
     settings = _settings(evaluation, task, checkpoint)
     pad_to = settings["max_seq_len"] if evaluation.count_padding else None
-    batches = DataLoader(
-        examples.remove_columns("labels"),
-        batch_sampler=batches_by_length(
-            examples["length"][:], evaluation.settings[task]["batch_size"]
-        ),
-        collate_fn=collator(evaluation.tokenizer, pad_to),
-    )
+    batch_size = evaluation.settings[task]["batch_size"]
+    batches = feature_batches(examples, evaluation.tokenizer, batch_size, pad_to)
     return task_features(settings, model, modules, batches)
 
 
 def _fisher(
-    evaluation: Any, task: str, checkpoint: Checkpoint, model: Any, modules: list[str]
+    evaluation: Evaluation, task: str, checkpoint: Checkpoint, model: Any, modules: list[str]
 ) -> Mapping[str, Tensor]:
-    settings = _settings(evaluation, task, checkpoint)
-    text = json.dumps({**settings, "modules": modules, "what": "fisher"}, sort_keys=True)
-    name = hashlib.sha256(text.encode()).hexdigest()[:24]
-    path = cache_dir() / "features" / f"{task}-fisher-{name}.safetensors"
+    settings = {**_settings(evaluation, task, checkpoint), "what": "fisher"}
+    path = cache_path(settings, modules)
     if not path.exists():
         loader = DataLoader(evaluation.train[task], collate_fn=collator(evaluation.tokenizer))
         shown = tqdm(loader, desc=f"Fisher information of {task}", unit="example")

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -112,30 +112,22 @@ FRACTIONS = ("scale", "density", "drop_rate", "ridge", "off_diagonal")
 """The knobs that are numbers, whole or not."""
 
 
-class Merged(Mapping[str, Tensor]):
+class Merged(Lazy[Tensor]):
     """What each task receives: module -> stack (task, out, in), made anew at each look-up.
 
     What all tasks share comes as an expanded view: copy it before writing into it.
     """
 
     def __init__(self, parts: Mapping[str, Part], tasks: Sequence[str]) -> None:
+        super().__init__(parts, self._stack)
         self.parts, self.tasks = parts, tuple(tasks)
 
-    def __getitem__(self, name: str) -> Float[Tensor, "task out in"]:
+    def _stack(self, name: str) -> Float[Tensor, "task out in"]:
         part = self.parts[name]
         if isinstance(part, Masked) or (isinstance(part, Tensor) and part.ndim == 3):
             return torch.stack([row(part, task) for task in range(len(self.tasks))])
         delta = row(part, 0)
         return delta.expand(len(self.tasks), *delta.shape)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.parts
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.parts)
-
-    def __len__(self) -> int:
-        return len(self.parts)
 
 
 def merge(

@@ -84,11 +84,12 @@ class Lazy(Mapping[str, Value], Generic[Value]):
         return len(self._names)
 
 
-class Inputs(Mapping[str, Tensor]):
+class Inputs(Lazy[Tensor]):
     """What a method reads: every task's update of every module, dense or as factors."""
 
     def __init__(self, updates: Updates, dtype: torch.dtype, tasks: Sequence[str] = ()) -> None:
         """All is computed in `dtype`; by default the tasks are the updates' own, or numbers."""
+        super().__init__(updates, lambda name: updates[name].to(dtype))
         self._updates, self.dtype = updates, dtype
         if isinstance(updates, TaskVectors):
             tasks = updates.tasks
@@ -98,18 +99,6 @@ class Inputs(Mapping[str, Tensor]):
     def like(self, compute: Callable[[str], Float[Tensor, "task out in"]]) -> Inputs:
         """Other stacks of the same tasks and modules."""
         return Inputs(Lazy(self, compute), self.dtype, self.tasks)
-
-    def __getitem__(self, name: str) -> Float[Tensor, "task out in"]:
-        return self._updates[name].to(self.dtype)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._updates
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._updates)
-
-    def __len__(self) -> int:
-        return len(self._updates)
 
     def blocks(self, name: str) -> Iterator[tuple[slice, Float[Tensor, "task rows in"]]]:
         """The stack, some rows at a time, so that no more than these need be dense."""
