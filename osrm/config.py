@@ -98,8 +98,9 @@ class TrainConfig:
     init: str = flag(
         "gaussian",
         "start of A: gaussian or kaiming (PEFT's), orthogonal (a random frame), analytical (OSRM:"
-        " least energy of the other tasks), contrastive (most own energy against theirs)",
-        choices=("gaussian", "kaiming", "orthogonal", "analytical", "contrastive"),
+        " least energy of the other tasks), contrastive (most own energy against theirs), release"
+        " (the published code's, as a baseline: with --features mean --count-padding)",
+        choices=("gaussian", "kaiming", "orthogonal", "analytical", "contrastive", "release"),
     )
     epsilon: float = flag(
         EPSILON,
@@ -292,6 +293,11 @@ class MergeConfig:
         None, "reported examples of each validation split; < 0: all", type=int
     )
     per_device_eval_bsz: int = flag(64, "evaluation batch size of a device", least=1)
+    eval_dtype: str = flag(
+        "float32",
+        "of the model that is evaluated, merged weights included",
+        choices=("float32", "bfloat16"),
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""

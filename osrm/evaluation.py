@@ -11,7 +11,10 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from osrm.glue import GlueTask, collator, task_metrics
+from osrm.glue import GlueMetric, GlueTask, collator, predicted
+
+Predictions = dict[str, tuple[np.ndarray, np.ndarray]]
+"""{suffix of the metrics: (predicted classes or values (n,), true ones (n,))}"""
 
 
 @torch.no_grad()
@@ -39,21 +42,29 @@ def predict(
     return outputs, np.asarray(dataset["labels"])
 
 
-def evaluate(
+def predict_splits(
     model: Any,
     task: GlueTask,
     validation: Mapping[str, Dataset],
     tokenizer: Any,
     batch_size: int,
     title: str | None = None,
-) -> dict[str, float]:
-    """{"eval_accuracy": ...} on every validation split; MNLI's mismatched names end in `_mm`."""
-    metrics: dict[str, float] = {}
+) -> Predictions:
+    """What the model predicts on every validation split, beside what is true."""
+    found = {}
     for suffix, dataset in validation.items():
         logits, labels = predict(
             model, dataset, tokenizer, batch_size, title or f"evaluate {task.name}{suffix}"
         )
-        scores = task_metrics(task, logits, labels)
-        metrics |= {f"eval_{name}{suffix}": score for name, score in scores.items()}
-        metrics[f"eval_samples{suffix}"] = len(dataset)
+        found[suffix] = predicted(task, logits), labels
+    return found
+
+
+def scores(task: GlueTask, predictions: Predictions) -> dict[str, float]:
+    """{"eval_accuracy": ...} of every validation split; MNLI's mismatched names end in `_mm`."""
+    metrics: dict[str, float] = {}
+    for suffix, (found, true) in predictions.items():
+        values = GlueMetric(task.name).compute(predictions=found, references=true)
+        metrics |= {f"eval_{name}{suffix}": value for name, value in values.items()}
+        metrics[f"eval_samples{suffix}"] = len(true)
     return metrics

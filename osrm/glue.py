@@ -168,8 +168,12 @@ class GlueMetric(evaluate.Metric):
 
 def task_metrics(task: GlueTask, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """GLUE's metrics of a model's outputs, logits (n, labels)."""
-    predictions = logits.argmax(-1) if task.labels else logits[:, 0]
-    return GlueMetric(task.name).compute(predictions=predictions, references=labels)
+    return GlueMetric(task.name).compute(predictions=predicted(task, logits), references=labels)
+
+
+def predicted(task: GlueTask, logits: np.ndarray) -> np.ndarray:
+    """The class of each example, or the value of a regression (n,), of logits (n, labels)."""
+    return logits.argmax(-1) if task.labels else logits[:, 0]
 
 
 # -- data --------------------------------------------------------------------------------------

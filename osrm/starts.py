@@ -64,6 +64,16 @@ def contrastive(problem: Problem, generator: Generator) -> Float[Tensor, "rank d
     )
 
 
+def release(problem: Problem, generator: Generator) -> Float[Tensor, "rank d"]:
+    """The published code's, as a baseline: the last right singular vectors that LAPACK returns.
+
+    On fewer rows than d (--features mean --count-padding is its statistic) these are an arbitrary
+    frame of the null space, nearly the same for all tasks: what `analytical` draws with care.
+    """
+    assert problem.others is not None
+    return torch.linalg.svd(problem.others.data).Vh[-problem.rank :]
+
+
 STARTS = {
     row.name: row
     for row in (
@@ -72,6 +82,7 @@ STARTS = {
         Start("orthogonal", orthogonal, False, "a random frame for each task"),
         Start("analytical", analytical, True, "OSRM: least energy of the other tasks"),
         Start("contrastive", contrastive, True, "most own energy against that of the others"),
+        Start("release", release, True, "the published code's singular vectors, as a baseline"),
     )
 }
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FILES = ("results.", "tasks.png", "search.png", "interference")
+FILES = ("results.", "predictions.parquet", "tasks.png", "search.png", "interference")
 """How the names of the files begin that stand beside the merges."""
 SETTINGS = ("dtype", "max_num_samples", "count_padding")
 """The flags that a merge depends on beside its inputs and knobs: --from takes the recipe's."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -20,7 +21,7 @@ from osrm.backbones import Backbone, find_backbone, load_model, load_tokenizer
 from osrm.checkpoints import Checkpoint, check_fits
 from osrm.config import MergeConfig, TrainConfig
 from osrm.errors import UserError
-from osrm.evaluation import evaluate
+from osrm.evaluation import Predictions, predict_splits, scores
 from osrm.glue import TASKS, fingerprint, load_task, split_task, tokenize, validation_splits
 from osrm.merged import MergedUpdate
 from osrm.merging import METHODS, Lazy, row
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Scores = dict[str, dict[str, dict[str, float]]]
-"""{row of the table: {task: {metric: value}}}"""
+RowPredictions = dict[str, dict[str, Predictions]]
+"""{row of the table: {task: its predictions}}"""
 
 Splits = dict[str, dict[str, Dataset]]
 """{task: {suffix of the metrics: tokenised examples}}"""
@@ -47,13 +48,18 @@ def score_all(
 ) -> None:
     """Score every merge; write results.json, tables and plots beside them."""
     directory = merger.directory
-    scores = evaluate_all(evaluation, merger.inputs, directory, [*methods])
+    predictions = evaluate_all(evaluation, merger.inputs, directory, [*methods])
+    prediction_table(predictions).to_parquet(directory / "predictions.parquet", compression="zstd")
+    metrics = {
+        row: {task: scores(TASKS[task], found) for task, found in by_task.items()}
+        for row, by_task in predictions.items()
+    }
     for method in methods:
         merger.costs[method]["kept"] = kept(merger.inputs.vectors, directory / method)
     results = {
         "init": common_init(merger.inputs),
         "backbone": merger.inputs.backbone,
-        "rows": report.rows(scores, methods, merger.costs),
+        "rows": report.rows(metrics, methods, merger.costs),
         "search": search,
         "evaluation": evaluation.settings,
         **merger.recipe,
@@ -101,17 +107,19 @@ class Evaluation:
     train: dict[str, Dataset]
     """{task: training examples} for RegMean and Fisher; empty without them."""
     count_padding: bool
+    dtype: torch.dtype
+    """Of the model that is evaluated."""
 
     def model(self, task: str) -> Any:
         """The pre-trained model with a new head for the task."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         labels = TASKS[task].labels
-        return load_model(self.backbone, labels, self.tokenizer, torch.float32).to(device)
+        return load_model(self.backbone, labels, self.tokenizer, self.dtype).to(device)
 
-    def score(self, model: Any, task: str, splits: Splits, title: str) -> dict[str, float]:
-        """The metrics of a model with the task's head on the task's part of `splits`."""
+    def predict(self, model: Any, task: str, splits: Splits, title: str) -> Predictions:
+        """What a model with the task's head predicts on the task's part of `splits`."""
         batch_size = self.settings[task]["batch_size"]
-        return evaluate(model, TASKS[task], splits[task], self.tokenizer, batch_size, title)
+        return predict_splits(model, TASKS[task], splits[task], self.tokenizer, batch_size, title)
 
 
 def prepare(config: MergeConfig, inputs: Inputs, methods: Iterable[str]) -> Evaluation:
@@ -132,7 +140,11 @@ def prepare(config: MergeConfig, inputs: Inputs, methods: Iterable[str]) -> Eval
         for each in ("data_dir", "max_test_samples"):
             if getattr(config, each) is not None:
                 chosen[each] = getattr(config, each)
-        settings[name] = {**chosen, "batch_size": config.per_device_eval_bsz}
+        settings[name] = {
+            **chosen,
+            "batch_size": config.per_device_eval_bsz,
+            "dtype": config.eval_dtype,
+        }
         loaded = load_task(
             TASKS[name], chosen["data_dir"], validation_only=not (config.search or trains)
         )
@@ -150,7 +162,8 @@ def prepare(config: MergeConfig, inputs: Inputs, methods: Iterable[str]) -> Eval
             most = config.max_num_samples
             train[name] = encode(split_task(loaded, chosen["seed"], max_train=most).train)
     evaluation = Evaluation(
-        backbone, tokenizer, settings, reported, held_out, train, config.count_padding
+        *(backbone, tokenizer, settings, reported, held_out, train, config.count_padding),
+        getattr(torch, config.eval_dtype),
     )
     for name, checkpoint in inputs.checkpoints.items():
         check_fits(checkpoint, evaluation.model(name))
@@ -234,7 +247,7 @@ def held_out_scores(
     """{method: one task's score with each λ}; one model is lent all the updates."""
     model = evaluation.model(task)
     load_head(model, head)
-    scores: dict[str, list[float]] = {method: [] for method in methods}
+    found: dict[str, list[float]] = {method: [] for method in methods}
     for method in methods:
         update = MergedUpdate(merged / method, task)
         for scale in grid:
@@ -242,9 +255,10 @@ def held_out_scores(
             rescaled = Lazy(update, partial(_times, update, scale))
             with applied(model, rescaled):
                 title = f"{task}: {method}, λ = {scale:g}"
-                metrics = evaluation.score(model, task, evaluation.held_out, title)
-            scores[method].append(metrics[f"eval_{TASKS[task].score}"])
-    return scores
+                predictions = evaluation.predict(model, task, evaluation.held_out, title)
+            metrics = scores(TASKS[task], predictions)
+            found[method].append(metrics[f"eval_{TASKS[task].score}"])
+    return found
 
 
 def _times(update: Mapping[str, Tensor], scale: float, module: str) -> Tensor:
@@ -267,24 +281,39 @@ def choose_scale(grid: list[float], scores: dict[str, list[float]]) -> Search:
 
 def evaluate_all(
     evaluation: Evaluation, inputs: Inputs, merged: Path, methods: list[str]
-) -> Scores:
-    """Score the pre-trained body, each task's own update and every merge, with the task's head.
+) -> RowPredictions:
+    """Predict with the pre-trained body, each task's own update and every merge, and its head.
 
     One model is in memory at a time, and lent one update after the other.
     """
-    scores: Scores = {name: {} for name in ("pre-trained", "individual", *methods)}
+    found: RowPredictions = {name: {} for name in ("pre-trained", "individual", *methods)}
     for name, checkpoint in inputs.checkpoints.items():
         model = evaluation.model(name)
         load_head(model, checkpoint.head)
         own = {module: dense(update) for module, update in checkpoint.updates.items()}
-        for line in scores:
+        for line in found:
             update: Mapping[str, Tensor]
             if line in methods:
                 update = MergedUpdate(merged / line, name)
             else:
                 update = own if line == "individual" else {}
             with applied(model, update):
-                scores[line][name] = evaluation.score(
+                found[line][name] = evaluation.predict(
                     model, name, evaluation.reported, f"{name}: {line}"
                 )
-    return scores
+    return found
+
+
+def prediction_table(predictions: RowPredictions) -> pd.DataFrame:
+    """A line for each reported example, a column for each row of the table: for paired tests.
+
+    `split` is the suffix of the metrics, `example` the number in it; regressions have values.
+    """
+    parts = []
+    for task, splits in predictions["individual"].items():
+        for suffix, (_, true) in splits.items():
+            columns = {"task": task, "split": suffix, "example": range(len(true)), "label": true}
+            columns |= {row: by_task[task][suffix][0] for row, by_task in predictions.items()}
+            parts.append(pd.DataFrame(columns))
+    table = pd.concat(parts, ignore_index=True)
+    return table.astype({name: "float32" for name in ("label", *predictions)})

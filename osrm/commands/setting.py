@@ -35,7 +35,7 @@ from osrm.backbones import (
 from osrm.checkpoints import named_directories
 from osrm.config import TrainConfig, derive_seed, per_task
 from osrm.errors import UserError
-from osrm.evaluation import evaluate
+from osrm.evaluation import predict_splits, scores
 from osrm.features import (
     FeatureFile,
     check_comparable,
@@ -118,7 +118,8 @@ class Setting:
     def score(self, task: GlueTask, model: Any, data: TaskData) -> dict[str, float]:
         """GLUE's metrics on the reported examples."""
         batch_size = self.plan.config.per_device_eval_bsz
-        return evaluate(model, task, data.validation, self.tokenizer, batch_size)
+        found = predict_splits(model, task, data.validation, self.tokenizer, batch_size)
+        return scores(task, found)
 
 
 def make_plan(config: TrainConfig) -> Plan:
