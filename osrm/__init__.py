@@ -9,6 +9,7 @@ so that A h ≈ 0 for their features h (the rows of H) before a single step is t
 
     moments, subspace, starts, transforms, interference, merging    the numbers; torch alone
     task_vectors                        updates as values
+    tensor_file                         tensors on disk, damage found before they are used
     glue, backbones, embedded           tasks, models, and what comes along for both
     features, fisher, adapters, training, evaluation
     plugin                              OSRM's start for any PeftModel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from osrm.merging._factors import product_svd
 from osrm.task_vectors import LoraPair
 
 
-def export_adapter(
-    merged: MergedUpdate, directory: Path, rank: int | None = None
+def export_adapters(
+    tasks: Sequence[MergedUpdate], directory: Path, rank: int | None = None
 ) -> dict[str, Any]:
-    """Write what one task receives as an ordinary PEFT LoRA adapter with the task's head.
+    """Write what tasks of one merge receive as ordinary PEFT LoRA adapters, <directory>/<task>.
 
-    Each layer has the rank that its update has, or `rank` if that is less: then it is the nearest
-    one of this rank (Eckart and Young).
+    All share one update, and each has its task's head. A layer has the rank that its update has,
+    or `rank` if that is less: then it is the nearest one of this rank (Eckart and Young).
 
     Returns:
         {"rank": the largest, "error": ‖lost‖ / ‖ΔW‖ over all layers, "errors": {layer: the same}}
@@ -32,6 +33,7 @@ def export_adapter(
     """
     updates: dict[str, LoraPair | Tensor] = {}
     ranks, lost, whole = {}, {}, {}
+    merged = tasks[0]
     for module in merged:
         part = merged.part(module)
         if module.endswith(".bias"):
@@ -46,7 +48,8 @@ def export_adapter(
         updates[module], ranks[module] = pair, len(pair.A)
         whole[module] = float(values.square().sum())
         lost[module] = float(values[ranks[module] :].square().sum())
-    write_adapter(directory, updates, merged.head, merged.recipe["base"])
+    for each in tasks:
+        write_adapter(directory / each.task, updates, each.head, each.recipe["base"])
     return {
         "rank": max(ranks.values()),
         "error": _share(sum(lost.values()), sum(whole.values())),

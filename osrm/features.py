@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
@@ -16,8 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -26,9 +23,7 @@ from osrm.embedded import cache_dir
 from osrm.errors import UserError, first_line
 from osrm.moments import Moment, without
 from osrm.starts import Problem, draw
-
-logger = logging.getLogger(__name__)
-
+from osrm.tensor_file import TensorFile, cached
 
 # Files whose settings differ in one of these count other vectors: they cannot be added.
 COMPARABLE = ("body_fingerprint", "features", "count_padding")
@@ -224,26 +219,24 @@ def token_mask(batch: Any, inputs: Tensor) -> Tensor | None:
 class FeatureFile(Mapping[str, Moment]):
     """A task's statistics on disk; a look-up by module name reads that module's alone.
 
-    One safetensors file: a tensor for each distinct input (see `Moment.data`), and a header in
-    JSON: "settings" (what the statistics depend on), "leaders" {module: tensor}, "counts"
-    {tensor: vectors}, and "sha256" of all that and the tensors. It holds no text of the task.
+    A `TensorFile`: a tensor for each distinct input (see `Moment.data`), and in the header
+    "settings" (what the statistics depend on), "leaders" {module: tensor} and "counts"
+    {tensor: vectors}. It holds no text of the task.
     """
 
     def __init__(self, path: Path) -> None:
         """Open the file and read it through; raises ValueError if it is damaged, or none."""
         self.path = path
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["header"])
-                self.settings: dict[str, Any] = dict(header["settings"])
-                self.leaders: dict[str, str] = dict(header["leaders"])
-                self.counts: dict[str, int] = dict(header["counts"])
-                self.sha256: str = header.pop("sha256")
-                if _checksum(header, file.keys(), file.get_tensor) != self.sha256:
-                    raise ValueError("its checksum differs")
-                for name in self.leaders.values():
-                    _check_moment(self.counts[name], file.get_tensor(name))
-        except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
+            self.tensors = TensorFile(path)
+            self.sha256 = self.tensors.sha256
+            header = self.tensors.header
+            self.settings: dict[str, Any] = dict(header["settings"])
+            self.leaders: dict[str, str] = dict(header["leaders"])
+            self.counts: dict[str, int] = dict(header["counts"])
+            for name in self.leaders.values():
+                _check_moment(self.counts[name], self.tensors[name])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"no file of feature statistics: {first_line(error)}") from None
 
     @staticmethod
@@ -255,22 +248,13 @@ class FeatureFile(Mapping[str, Moment]):
     ) -> None:
         """Write the statistics; the file appears under its name only when it is whole."""
         tensors = {name: total.data.cpu().contiguous() for name, total in totals.items()}
-        header: dict[str, Any] = {
-            "settings": dict(settings),
-            "leaders": dict(leaders),
-            "counts": {name: total.count for name, total in totals.items()},
-        }
-        header["sha256"] = _checksum(header, tensors, tensors.__getitem__)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        # One entry: safetensors writes several in no fixed order.
-        save_file(tensors, temporary, {"header": json.dumps(header)})
-        temporary.replace(path)
+        counts = {name: total.count for name, total in totals.items()}
+        header = {"settings": dict(settings), "leaders": dict(leaders), "counts": counts}
+        TensorFile.save(path, tensors, header)
 
     def __getitem__(self, module: str) -> Moment:
         name = self.leaders[module]
-        with safe_open(self.path, framework="pt") as file:
-            return Moment(self.counts[name], file.get_tensor(name))
+        return Moment(self.counts[name], self.tensors[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.leaders)
@@ -289,17 +273,6 @@ def _check_moment(count: int, data: Tensor) -> None:
         raise ValueError("it holds NaN or infinity")
 
 
-def _checksum(
-    header: Mapping[str, Any], names: Iterable[str], tensor: Callable[[str], Tensor]
-) -> str:
-    """sha256 of header and tensors in the order of their names, one in memory at a time."""
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(names):
-        digest.update(name.encode())
-        digest.update(tensor(name).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def task_features(
     settings: Mapping[str, Any],
     model: Any,
@@ -314,21 +287,20 @@ def task_features(
             backbone and of the data, ...; "task", "features" and "count_padding" among them.
         path: where they go, by default into the cache; a file there is not looked at.
     """
+
+    def write(path: Path) -> None:
+        shown = tqdm(batches, desc=f"features of {settings['task']}", unit="batch")
+        try:
+            totals, leaders = collect(
+                model, modules, shown, settings["features"], settings["count_padding"]
+            )
+        except ValueError as error:
+            raise UserError(f"features of '{settings['task']}': {error}") from None
+        FeatureFile.save(path, settings, totals, leaders)
+
     if path is None:
-        path = cache_path(settings, modules)
-        if path.exists():
-            try:
-                return FeatureFile(path)
-            except ValueError as error:
-                logger.warning("%s is damaged (%s); computing it again", path, error)
-    shown = tqdm(batches, desc=f"features of {settings['task']}", unit="batch")
-    try:
-        totals, leaders = collect(
-            model, modules, shown, settings["features"], settings["count_padding"]
-        )
-    except ValueError as error:
-        raise UserError(f"features of '{settings['task']}': {error}") from None
-    FeatureFile.save(path, settings, totals, leaders)
+        return cached(cache_path(settings, modules), FeatureFile, write)
+    write(path)
     return FeatureFile(path)
 
 

@@ -18,9 +18,10 @@ from osrm.adapters import read_adapter
 from osrm.commands.merge import run
 from osrm.config import MergeConfig
 from osrm.errors import UserError
-from osrm.export import export_adapter, export_model
+from osrm.export import export_adapters, export_model
 from osrm.merged import MergedUpdate, save_merged
 from osrm.merging import METHODS, Masked, Merged, row
+from osrm.merging._factors import product_svd
 from osrm.merging._updates import pack
 from osrm.task_vectors import LoraPair
 
@@ -116,9 +117,9 @@ def test_every_method_was_merged(out):
 
 @pytest.mark.parametrize("method", LOW)
 def test_peft_computes_with_the_adapter_what_the_merged_model_does(method, out, tiny, tmp_path):
-    for task, labels in LABELS.items():
-        merged = MergedUpdate(out / method, task)
-        found = export_adapter(merged, tmp_path / task)
+    tasks = [MergedUpdate(out / method, task) for task in LABELS]
+    found = export_adapters(tasks, tmp_path)
+    for merged, (task, labels) in zip(tasks, LABELS.items()):
         assert found["error"] < 1e-6 and set(found["errors"]) == set(merged)
         ours = logits(load_merged(out / method, task))
         theirs = through_peft(tiny, tmp_path / task, labels)
@@ -136,8 +137,8 @@ def test_peft_computes_with_the_adapter_what_the_merged_model_does(method, out, 
 @pytest.mark.parametrize("rank", [1, 2, 3, 100])
 def test_a_truncated_adapter_is_nearest_of_its_rank(rank, out, tmp_path):
     merged = MergedUpdate(out / "task_arithmetic", "brief")
-    found = export_adapter(merged, tmp_path / "adapter", rank)
-    pairs = read_adapter(tmp_path / "adapter")[0]
+    found = export_adapters([merged], tmp_path, rank)
+    pairs = read_adapter(tmp_path / "brief")[0]
     lost = whole = 0.0
     for module in merged:
         dense = merged[module].double().numpy()
@@ -156,8 +157,8 @@ def test_a_truncated_adapter_is_nearest_of_its_rank(rank, out, tmp_path):
 
 
 def test_factors_of_an_adapter_are_balanced(out, tmp_path):
-    export_adapter(MergedUpdate(out / "iso_c", "kind"), tmp_path / "adapter")
-    for pair in read_adapter(tmp_path / "adapter")[0].values():
+    export_adapters([MergedUpdate(out / "iso_c", "kind")], tmp_path)
+    for pair in read_adapter(tmp_path / "kind")[0].values():
         assert pair.scaling == 1
         torch.testing.assert_close(pair.A @ pair.A.T, pair.B.T @ pair.B, rtol=1e-4, atol=1e-5)
 
@@ -165,9 +166,9 @@ def test_factors_of_an_adapter_are_balanced(out, tmp_path):
 def test_an_update_that_is_zero_everywhere_is_an_adapter_too(tmp_path):
     zero = LoraPair(torch.zeros(0, 7), torch.zeros(5, 0), 1.0)
     merged = MergedUpdate(save_parts(tmp_path / "merged", {"layer": zero}), "kind")
-    found = export_adapter(merged, tmp_path / "adapter", 2)
+    found = export_adapters([merged], tmp_path, 2)
     assert (found["rank"], found["error"]) == (1, 0)
-    delta = read_adapter(tmp_path / "adapter")[0]["layer"].delta
+    delta = read_adapter(tmp_path / "kind")[0]["layer"].delta
     assert delta.shape == (5, 7) and not delta.any()
 
 
@@ -180,8 +181,8 @@ def test_biases_of_adapters_are_exported(tiny, tmp_path):
         "plain": make_adapter(tiny["roberta"], tmp_path / "p", 2, 1, target_modules=["value"]),
     }
     out = merge_them(paths, tmp_path, methods=["average"], no_eval=True)
-    export_adapter(MergedUpdate(out / "average", "plain"), tmp_path / "adapter")
-    theirs = through_peft(tiny, tmp_path / "adapter", 2)
+    export_adapters([MergedUpdate(out / "average", "plain")], tmp_path / "adapters")
+    theirs = through_peft(tiny, tmp_path / "adapters" / "plain", 2)
     ours = logits(load_merged(out / "average", "plain"))
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
     assert MergedUpdate(out / "average", "plain")[ATTENTION.format(0, "query") + ".bias"].any()
@@ -190,9 +191,27 @@ def test_biases_of_adapters_are_exported(tiny, tmp_path):
 @pytest.mark.parametrize("method", DENSE)
 def test_an_update_of_full_rank_is_no_adapter(method, out, tmp_path):
     with pytest.raises(UserError, match=f"{method} gives no update of low rank") as caught:
-        export_adapter(MergedUpdate(out / method, "kind"), tmp_path / "adapter")
+        export_adapters([MergedUpdate(out / method, "kind")], tmp_path / "adapters")
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "adapter").exists()
+    assert not (tmp_path / "adapters").exists()
+
+
+def test_adapters_of_all_tasks_take_one_decomposition_a_layer(paths, tmp_path, monkeypatch):
+    """And are those that each task has alone."""
+    sizes = []
+
+    def counted(B, A):
+        sizes.append((len(B), A.shape[1]))
+        return product_svd(B, A)
+
+    monkeypatch.setattr("osrm.export.product_svd", counted)
+    out = merge_them(paths, tmp_path, methods=["average"], no_eval=True, export=["adapter"])
+    assert sizes == [(32, 32)] * 6  # query, key and value of two layers
+    for task in TASKS:
+        export_adapters([MergedUpdate(out / "average", task)], tmp_path / "alone")
+        alone, together = tmp_path / "alone" / task, out / "average" / "adapters" / task
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (alone / name).read_bytes() == (together / name).read_bytes()
 
 
 @pytest.mark.parametrize("method", ["ties", "emr", "tsv"])

@@ -317,7 +317,7 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("osrm.features.save_file", interrupted)
+    monkeypatch.setattr("osrm.tensor_file.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         FeatureFile.save(tmp_path / "rte.safetensors", settings(), {}, {})
     assert not [*tmp_path.glob("*.safetensors")] and read_bank(tmp_path) == {}

@@ -1,10 +1,15 @@
-"""Fisher information against one example and one class at a time, in float64."""
+"""Fisher information against one example and one class at a time, in float64; its cache."""
+
+import logging
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 from osrm.fisher import fisher_information
+from tests.test_export import make_adapter, merge_them, written
 
 CONFIG = {
     "vocab_size": 20,
@@ -69,3 +74,47 @@ def test_the_model_comes_back_as_it_was(model):
     assert model.training and not frozen.requires_grad
     assert before == {name: each.requires_grad for name, each in model.named_parameters()}
     assert all(each.grad is None for each in model.parameters())
+
+
+# -- the cache ---------------------------------------------------------------------------------
+
+
+def lose_a_module(path):
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    del tensors[next(iter(tensors))]
+    save_file(tensors, path, metadata)
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-40]),
+    "garbage": lambda path: path.write_bytes(bytes(range(256)) * 20),
+    "another number": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x01"),
+    "a module less": lose_a_module,
+    "no checksum": lambda path: save_file(load_file(path), path),
+}
+
+
+@pytest.fixture
+def merge_fisher(tiny, tiny_data, tmp_path):
+    paths = {
+        task: make_adapter(tiny["roberta"], tmp_path / task, 2, seed, target_modules=["query"])
+        for seed, task in enumerate(("rte", "sst2"))
+    }
+    options = {"data_dir": str(tiny_data), "max_test_samples": 4, "max_num_samples": 3}
+    return lambda name: merge_them(paths, tmp_path, name, methods=["fisher"], **options)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_computed_again(merge_fisher, damage, own_feature_cache, caplog):
+    before = written(merge_fisher("before") / "fisher")
+    file, other = sorted((own_feature_cache / "features").iterdir())
+    whole, untouched = file.read_bytes(), other.stat().st_mtime_ns
+    DAMAGES[damage](file)
+    caplog.set_level(logging.WARNING)
+    assert written(merge_fisher("after") / "fisher") == before
+    (line,) = [each.getMessage() for each in caplog.records if "damaged" in each.getMessage()]
+    assert str(file) in line and "computing it again" in line and "\n" not in line
+    assert file.read_bytes() == whole and other.stat().st_mtime_ns == untouched

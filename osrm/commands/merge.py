@@ -18,7 +18,7 @@ from osrm.backbones import find_backbone, load_model, load_tokenizer
 from osrm.checkpoints import Checkpoint, check_task, checksum, named_directories, read_checkpoint
 from osrm.config import MergeConfig, read_json
 from osrm.errors import UserError
-from osrm.export import export_adapter, export_model
+from osrm.export import export_adapters, export_model
 from osrm.merged import RECIPE, MergedUpdate, save_merged
 from osrm.merging import METHODS, check_knobs, merge
 from osrm.merging.regmean import condition
@@ -407,20 +407,19 @@ def export_all(
 ) -> None:
     """Write every merge in another format, where it has one: <method>/adapters or models/<task>."""
     for method in methods:
-        for task in tasks:
-            merged = MergedUpdate(directory / method, task)
-            target = directory / method / f"{kind}s" / task
-            if kind == "model":
-                export_model(merged, target)
-                continue
-            try:
-                found = export_adapter(merged, target, rank)
-            except UserError as error:
-                logger.warning("%s", error)
-                break
-            if task == tasks[0]:
-                write_json(directory / method / "adapters" / "truncation.json", found)
-                logger.info(
-                    "%s: adapters of rank %d, relative error %.2g",
-                    *(method, found["rank"], found["error"]),
-                )
+        merged = [MergedUpdate(directory / method, task) for task in tasks]
+        target = directory / method / f"{kind}s"
+        if kind == "model":
+            for each in merged:
+                export_model(each, target / each.task)
+            continue
+        try:
+            found = export_adapters(merged, target, rank)
+        except UserError as error:
+            logger.warning("%s", error)
+            continue
+        write_json(target / "truncation.json", found)
+        logger.info(
+            "%s: adapters of rank %d, relative error %.2g",
+            *(method, found["rank"], found["error"]),
+        )

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -20,6 +18,7 @@ from osrm.fisher import fisher_information
 from osrm.glue import collator, feature_batches, fingerprint
 from osrm.merging import Lazy
 from osrm.task_vectors import dense
+from osrm.tensor_file import TensorFile, cached
 
 if TYPE_CHECKING:
     from osrm.commands.scoring import Evaluation
@@ -76,18 +75,11 @@ def _fisher(
     evaluation: Evaluation, task: str, checkpoint: Checkpoint, model: Any, modules: list[str]
 ) -> Mapping[str, Tensor]:
     settings = {**_settings(evaluation, task, checkpoint), "what": "fisher"}
-    path = cache_path(settings, modules)
-    if not path.exists():
+
+    def write(path: Path) -> None:
         loader = DataLoader(evaluation.train[task], collate_fn=collator(evaluation.tokenizer))
         shown = tqdm(loader, desc=f"Fisher information of {task}", unit="example")
         found = fisher_information(model, modules, shown)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
-        save_file(found, temporary)
-        temporary.replace(path)
-    return Lazy(modules, lambda module: _tensor(path, module))
+        TensorFile.save(path, found, {"settings": settings})
 
-
-def _tensor(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
+    return cached(cache_path(settings, modules), TensorFile, write)
