@@ -56,6 +56,7 @@ def _settings(evaluation: Evaluation, task: str, checkpoint: Checkpoint) -> dict
         "features": "token",
         "count_padding": evaluation.count_padding,
         "max_seq_len": evaluation.settings[task]["max_seq_len"],
+        "dtype": str(evaluation.dtype),
         "data": fingerprint(evaluation.train[task]),
     }
 
