@@ -14,12 +14,14 @@ from osrm import load_merged, report
 from osrm.adapters import read_adapter
 from osrm.backbones import find_backbone, load_tokenizer
 from osrm.checkpoints import load_adapters
+from osrm.commands import scoring
 from osrm.commands.merge import run
 from osrm.commands.train import train
 from osrm.config import MergeConfig, TrainConfig, parse
 from osrm.errors import UserError
-from osrm.evaluation import predict
-from osrm.glue import TASKS, load_task, split_task, tokenize
+from osrm.evaluation import predict, predict_splits
+from osrm.glue import TASKS, GlueMetric, load_task, split_task, tokenize
+from osrm.merged import MergedUpdate
 from osrm.merging import METHODS
 from osrm.runs import run_dir
 
@@ -140,6 +142,43 @@ def test_the_scores_are_those_of_the_loaded_model(runs, tmp_path):
         logits, labels = predict(load_merged(out / "ties", task), data, tokenizer, 8, task)
         if task != "stsb":
             assert row["scores"][task] == pytest.approx((logits.argmax(-1) == labels).mean())
+
+
+def test_every_score_follows_from_the_predictions_that_stand_beside_it(runs, tmp_path):
+    out = merged(runs, tmp_path, methods=["average", "emr"])
+    table = pd.read_parquet(out / "predictions.parquet")
+    for row in json.loads((out / "results.json").read_text())["rows"]:
+        for task in NAMES:
+            data, _ = validation(runs, task)
+            part = table[(table.task == task) & (table.split == "")]
+            assert part.example.tolist() == list(range(len(data)))
+            assert part.label.tolist() == pytest.approx(data["labels"])
+            kind = int if TASKS[task].labels else float
+            predictions, references = (part[name].to_numpy(kind) for name in (row["name"], "label"))
+            found = GlueMetric(task).compute(predictions=predictions, references=references)
+            assert found[TASKS[task].score] == pytest.approx(row["scores"][task], abs=1e-6)
+
+
+def test_the_model_is_scored_in_the_precision_that_is_asked_for(runs, tmp_path, monkeypatch):
+    seen = set()
+
+    def watching(model, *rest):
+        seen.add(model.dtype)
+        return predict_splits(model, *rest)
+
+    monkeypatch.setattr(scoring, "predict_splits", watching)
+    options = {"methods": ["average", "fisher", "regmean"], "diagnose": True}
+    for dtype in ("float32", "bfloat16"):
+        out = merged(runs, tmp_path, dtype, eval_dtype=dtype, **options)
+        assert seen == {getattr(torch, dtype)}
+        results = json.loads((out / "results.json").read_text())
+        assert {each["dtype"] for each in results["evaluation"].values()} == {dtype}
+        seen.clear()
+    # What is stored does not depend on how it is scored, but for what looks at the model.
+    one, two = (
+        MergedUpdate(tmp_path / name / "average", "rte") for name in ("float32", "bfloat16")
+    )
+    assert all(torch.equal(one[module], two[module]) for module in one)
 
 
 def test_one_task_alone_is_its_own_adapter_through_every_path(runs, tmp_path):

@@ -18,7 +18,7 @@ from osrm.commands.merge import run
 from osrm.commands.scoring import choose_scale
 from osrm.config import MergeConfig, parse
 from osrm.errors import UserError
-from osrm.evaluation import evaluate
+from osrm.evaluation import predict_splits, scores
 from osrm.glue import TASKS, fingerprint, load_task, split_task, tokenize
 from osrm.merged import MergedUpdate
 from osrm.merging import METHODS, merge
@@ -112,9 +112,10 @@ def test_the_choice_is_that_of_merging_with_every_scale_and_scoring_by_hand(
             for task in NAMES:
                 data = {"": tokenize(held_out(task, data_dir), TASKS[task], tokenizer, 32)}
                 model = load_merged(out / method, task)
-                scores = evaluate(model, TASKS[task], data, tokenizer, 64)
-                assert scores["eval_samples"] == HELD_OUT
-                by_hand[method][task].append(scores[f"eval_{TASKS[task].score}"])
+                found = predict_splits(model, TASKS[task], data, tokenizer, 64)
+                metrics = scores(TASKS[task], found)
+                assert metrics["eval_samples"] == HELD_OUT
+                by_hand[method][task].append(metrics[f"eval_{TASKS[task].score}"])
     for method, found in results["search"].items():
         average = [sum(each) / 3 for each in zip(*by_hand[method].values())]
         assert len({round(each, 6) for each in average}) > 1, "nothing to choose"
@@ -155,9 +156,9 @@ def test_the_reported_examples_are_scored_once_a_row_and_choose_nothing(
 
     def counting(model, task, splits, *rest):
         scored.append(len(splits[""]))
-        return evaluate(model, task, splits, *rest)
+        return predict_splits(model, task, splits, *rest)
 
-    monkeypatch.setattr(scoring, "evaluate", counting)
+    monkeypatch.setattr(scoring, "predict_splits", counting)
     before = merged(made, tmp_path / "before", search=GRID)
     assert scored.count(40) == len(NAMES) * len(before["rows"])
     assert scored.count(HELD_OUT) == len(NAMES) * len(GRID) * len(SCALED)
@@ -284,7 +285,7 @@ def test_runs_without_known_held_out_data(runs, data_dir, tmp_path, monkeypatch,
         raise AssertionError("it merged or scored before it refused")
 
     monkeypatch.setattr(command, "merge", no_work)
-    monkeypatch.setattr(scoring, "evaluate", no_work)
+    monkeypatch.setattr(scoring, "predict_splits", no_work)
     data = shutil.copytree(data_dir, tmp_path / "data")
     damage(runs, data)
     with pytest.raises(UserError, match=why) as caught:

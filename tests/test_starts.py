@@ -51,9 +51,10 @@ def test_a_start_depends_on_problem_and_generator_alone(name):
     first = draw(name, problem(), generator(1))
     torch.manual_seed(1)
     assert torch.equal(first, draw(name, problem(), generator(1)))
-    # A few vectors leave a choice to every start.
+    # A few vectors leave a choice to every start; the release leaves it to LAPACK.
     few = [draw(name, problem(n=3), generator(seed)) for seed in (1, 1, 2)]
-    assert torch.equal(few[0], few[1]) and not torch.equal(few[0], few[2])
+    assert torch.equal(few[0], few[1])
+    assert torch.equal(few[0], few[2]) == (name == "release")
 
 
 @pytest.mark.parametrize("name", [name for name in STARTS if not STARTS[name].needs_features])
@@ -105,6 +106,24 @@ def test_each_start_is_its_function_of_own_and_others():
     }
     for name, A in expected.items():
         assert torch.equal(draw(name, case, generator(5)), A.float())
+
+
+def test_the_release_meets_all_tasks_in_one_corner_of_the_null_space():
+    """Both starts attain the minimum, 0; `analytical` gives each task a frame of its own."""
+    d, rank = 256, 8
+    means = torch.randn(8, d, generator=generator(1)) + 1
+    collapsed = {}
+    for name in ("release", "analytical"):
+        frames = []
+        for task in range(2):
+            others = torch.cat([means[:task], means[task + 1 :]])
+            case = Problem(d, rank, Moment.of(means[task : task + 1]), Moment.of(others), 1e-2)
+            A = draw(name, case, generator(task))
+            torch.testing.assert_close(A @ A.T, torch.eye(rank), rtol=0, atol=1e-5)
+            assert (A @ others.T).abs().max() < 1e-3
+            frames.append(A)
+        collapsed[name] = torch.linalg.svdvals(frames[0] @ frames[1].T).median()
+    assert collapsed["release"] > 0.95 and collapsed["analytical"] < 0.3
 
 
 def test_epsilon_moves_the_contrastive_start_from_little_other_to_much_own_energy():

@@ -316,4 +316,4 @@ def prediction_table(predictions: RowPredictions) -> pd.DataFrame:
             columns |= {row: by_task[task][suffix][0] for row, by_task in predictions.items()}
             parts.append(pd.DataFrame(columns))
     table = pd.concat(parts, ignore_index=True)
-    return table.astype({name: "float32" for name in ("label", *predictions)})
+    return table.astype(dict.fromkeys(("label", *predictions), "float32"))
