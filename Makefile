@@ -1,6 +1,7 @@
 # make demo   train four tasks from two starts, merge them, print the table
 # make test   the whole test suite
-# Both set up .venv first. PYTHON=python3.12 make demo takes another interpreter.
+# make smoke  the workflow of the studies, end to end in minutes
+# All set up .venv first. PYTHON=python3.12 make demo takes another interpreter.
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -14,7 +15,7 @@ TRAIN := --backbone minilm --tasks $(TASKS) --other-tasks $(TASKS) --epochs 2 --
 	--max-test-samples 200 --output-dir $(DEMO) --resume
 METHODS := average task_arithmetic ties emr
 
-.PHONY: demo test check install
+.PHONY: demo test check smoke install
 
 demo: install
 	$(PY) train_glue.py $(TRAIN) --init gaussian
@@ -35,6 +36,9 @@ check: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+smoke: install
+	PATH="$(CURDIR)/.venv/bin:$$PATH" snakemake --snakefile reproduce/Snakefile --cores 2 embedded_smoke
 
 install: .venv/installed
 
