@@ -1,5 +1,6 @@
 """The workflow of the studies: its graph, its flags, and what it keeps of a run."""
 
+import json
 import os
 import shlex
 import shutil
@@ -7,9 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
+from osrm.commands.merge import run as merge
+from osrm.commands.train import train
 from osrm.config import MergeConfig, TrainConfig, parse
 from osrm.glue import TASKS
 from osrm.merging import METHODS
@@ -125,3 +130,54 @@ def test_finished_runs_of_another_machine_are_not_run_again(tree):
     found = workflow("--dry-run", "--cores", "1", "embedded_smoke_samples", cwd=tree)
     assert found.returncode == 0 and "rule train:" not in found.stdout
     assert "rule tune:" not in found.stdout and "rule merge:" not in found.stdout
+
+
+def test_what_lasts_of_a_run_is_what_its_merge_and_training_said(tiny, tiny_data, tmp_path):
+    config = TrainConfig(
+        backbone=str(tiny["roberta"]),
+        data_dir=str(tiny_data),
+        output_dir=str(tmp_path / "runs"),
+        tasks=["rte", "sst2"],
+        init="analytical",
+        rank=2,
+        alpha=4,
+        epochs=1,
+        max_seq_len=32,
+    )
+    train(config)
+    (listed,) = (tmp_path / "runs").glob("load_model_path-*.json")
+    merged = tmp_path / "merged"
+    merge(
+        MergeConfig(
+            load_model_path=str(listed),
+            methods=["task_arithmetic"],
+            search=[0.3, 1.0],
+            diagnose=True,
+            output_dir=str(merged),
+        )
+    )
+    kept = tmp_path / "results" / "analytical+k1" / "42"
+    kept.parent.mkdir(parents=True)
+    files = [kept.with_suffix(end) for end in (".json", ".parquet")]
+    subprocess.run(
+        [sys.executable, "reproduce/collect.py", listed, merged, *files], cwd=ROOT, check=True
+    )
+    found, results = (json.loads(path.read_text()) for path in (files[0], merged / "results.json"))
+    interference = json.loads((merged / "interference.json").read_text())
+    assert (found["run"], found["seed"], found["tasks"]) == ("analytical+k1", 42, ["rte", "sst2"])
+    for ours, theirs in zip(found["rows"], results["rows"], strict=True):
+        assert ours["name"] == theirs["name"] and ours["knobs"] == theirs["knobs"]
+        assert ours["scores"] == pytest.approx(theirs["scores"], rel=1e-3)
+    search = found["search"]["task_arithmetic"]
+    assert search["best"] == results["search"]["task_arithmetic"]["best"]
+    for name in ("shift", "energy_before", "overlap"):
+        expected = np.array(interference[name]["overall"], float)
+        assert np.allclose(np.array(found["interference"][name], float), expected, 1e-3, 0, True)
+    seconds = 0.0
+    for path in json.loads(listed.read_text()).values():
+        seconds += json.loads((Path(path) / "metrics.json").read_text())["train_runtime"]
+    assert found["training"]["seconds"] == pytest.approx(seconds, rel=1e-3)
+    assert found["training"]["rank"] == 2 and found["transform"] is None
+    assert len(pd.read_parquet(files[1])) == sum(
+        each["eval_samples"] for each in results["rows"][0]["metrics"].values()
+    )
