@@ -1,0 +1,295 @@
+"""The page of a study: its statistics, its verdicts, and what it does with half of the results."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from osrm.glue import TASKS, GlueMetric
+from tests.test_readme import ROOT
+
+sys.path.insert(0, str(ROOT / "reproduce"))
+
+import report
+import tables
+from bootstrap import example_resamples, interval, score
+from study import Difference, Study, area
+
+N, NAMES = 60, ["mrpc", "cola", "stsb"]
+ROWS = ["pre-trained", "individual", "task_arithmetic", "ties", "emr"]
+
+
+# -- statistics --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("kind", ["random", "constant", "constant truth", "perfect"])
+def test_scores_of_resamples_are_glues_on_each_of_them(task, kind):
+    rng = np.random.default_rng(1)
+    labels = len(TASKS[task].labels)
+    draw = (lambda: rng.integers(0, labels, N)) if labels else (lambda: rng.normal(size=N).round(1))
+    true, predicted = draw(), draw()
+    if kind == "constant":
+        predicted = np.full_like(predicted, 1)
+    if kind == "constant truth":
+        true = np.full_like(true, 1)
+    if kind == "perfect":
+        predicted = true.copy()
+    drawn = np.stack([np.arange(N), *rng.integers(0, N, (4, N))])
+    found = score(task, predicted[drawn].astype(float), true[drawn].astype(float))
+    for value, each in zip(found, drawn, strict=True):
+        kind_of = int if labels else float
+        arguments = {
+            "predictions": predicted[each].astype(kind_of),
+            "references": true[each].astype(kind_of),
+        }
+        expected = GlueMetric(task).compute(**arguments)[TASKS[task].score]
+        assert value == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_interval_is_that_of_a_loop_over_seeds_and_resamples():
+    rng = np.random.default_rng(5)
+    table = {seed: rng.normal(seed, 1, 500) for seed in (1, 2, 3)}
+    again = np.random.default_rng(0)
+    seeds, resamples = again.integers(0, 3, (500, 3)), again.integers(0, 500, (500, 3))
+    means = [
+        mean(table[s + 1][r] for s, r in zip(*pair)) for pair in zip(seeds, resamples, strict=True)
+    ]
+    assert interval(table) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+    # Of one seed it is that of the examples, and of seeds that agree no wider.
+    one = rng.normal(0, 1, 4000)
+    low, high = interval({1: one})
+    assert (low, high) == pytest.approx((-1.96, 1.96), abs=0.15)
+    low, high = interval({seed: rng.normal(0, 1, 4000) for seed in range(4)})
+    assert high - low == pytest.approx(1.96, abs=0.15), "half: four seeds of independent examples"
+
+
+def test_intervals_cover_the_truth_and_a_known_effect_is_found():
+    """Accuracies of .6 and .8 on shared examples; a third arm is the first one anew."""
+    rng, covered, found, false = np.random.default_rng(0), 0, 0, 0
+    for _ in range(40):
+        differences: dict[str, dict] = {"better": {}, "same": {}}
+        for seed in range(5):
+            label = rng.integers(0, 2, 200)
+            columns = {"task": "rte", "split": "", "example": range(200), "label": label}
+            for arm, rate in (("base", 0.6), ("better", 0.8), ("same", 0.6)):
+                columns[arm] = np.where(rng.random(200) < rate, label, 1 - label)
+            arms = example_resamples(pd.DataFrame(columns), ["base", "better", "same"], 400)
+            for arm, each in differences.items():
+                each[seed] = arms[arm] - arms["base"]
+        low, high = interval(differences["better"])
+        covered += low <= 0.2 <= high
+        found += low > 0
+        low, high = interval(differences["same"])
+        false += low > 0 or high < 0
+    assert covered >= 34 and found == 40 and false <= 6
+
+
+def test_both_arms_draw_the_same_examples():
+    label = np.arange(N) % 2
+    columns = {"task": "rte", "split": "", "example": range(N), "label": label, "a": label % 2}
+    frames = [pd.DataFrame({**columns, "a": column}) for column in (label, 1 - label)]
+    right, wrong = (example_resamples(frame, ["a"], 50)["a"] for frame in frames)
+    assert np.allclose(right, 1) and np.allclose(wrong, 0)
+    half = pd.DataFrame({**columns, "a": np.where(np.arange(N) < 20, label, 1 - label)})
+    assert np.array_equal(*(example_resamples(half, ["a"], 50)["a"] for _ in range(2)))
+
+
+def test_the_area_under_a_straight_line_is_its_middle():
+    assert area([0.2, 0.5, 1.0], [2.0, 3.5, 6.0]) == pytest.approx(4.0)
+    assert area([1, 2], [3, 3]) == pytest.approx(3.0)
+
+
+# -- verdicts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "low, high, verdict",
+    [
+        (0.1, 2, "shows here"),
+        (-0.1, 2, "undecided here"),
+        (-2, -0.1, "does not"),
+        (-2, 0, "does not"),
+    ],
+)
+def test_a_difference_is_judged_by_its_interval(low, high, verdict):
+    assert Difference((low + high) / 2, low, high, (1,)).verdict == verdict
+
+
+def test_seeds_that_agree_are_a_verdict():
+    assert tables.by_seed({1: 0.3, 2: 0.4}, {1: 0.1, 2: 0.3})[1] == "shows here"
+    assert tables.by_seed({1: 0.1, 2: 0.2}, {1: 0.2, 2: 0.3})[1] == "does not"
+    assert tables.by_seed({1: 0.3, 2: 0.2}, {1: 0.2, 2: 0.3})[1] == "undecided here"
+    assert tables.by_seed({1: 0.3}, {1: 0.2}) == tables.MISSING
+
+
+# -- the page ----------------------------------------------------------------------------------
+
+
+def write_run(directory: Path, run: str, seed: int, quality: float, names=NAMES) -> None:
+    """A record and predictions of which a share is right, as collect.py writes them."""
+    rng = np.random.default_rng([seed, *run.encode()])
+    parts, scores = [], {row: {} for row in ROWS}
+    for task in names:
+        truth = np.random.default_rng([seed, *task.encode()])
+        values = truth.integers(0, 2, N) if TASKS[task].labels else truth.uniform(0, 5, N)
+        columns = {"task": task, "split": "", "example": range(N), "label": values}
+        for row in ROWS:
+            right = rng.random(N) < quality - 0.1 * (row == "task_arithmetic")
+            columns[row] = np.where(right, values, 1 - values)
+            kind = int if TASKS[task].labels else float
+            found = GlueMetric(task).compute(
+                predictions=columns[row].astype(kind), references=values.astype(kind)
+            )
+            scores[row][task] = found[TASKS[task].score]
+        parts.append(pd.DataFrame(columns))
+    size = len(names)
+    matrix = rng.uniform(0.1, 1, (size, size)).tolist()
+    record = {
+        "run": run,
+        "seed": seed,
+        "date": "2026-01-02",
+        "machine": "x",
+        "environment": {"torch": "2"},
+        "backbone": "some-model",
+        "tasks": names,
+        "training": {"seconds": 10.0 + seed},
+        "rows": [
+            {
+                "name": row,
+                "knobs": {},
+                "scores": scores[row],
+                "average": mean(scores[row].values()),
+                "normalised_average": 0.5 + seed / 100,
+                **({"merge_seconds": 1.0} if row in ROWS[2:] else {}),
+            }
+            for row in ROWS
+        ],
+        "search": {
+            method: {"grid": [0.1, 1.0], "average": [0.2, quality], "best": 1.0}
+            for method in ("task_arithmetic", "ties")
+        },
+        "interference": {
+            **dict.fromkeys(("shift", "overlap"), matrix),
+            "energy_before": matrix if seed != 2 else [[None] * size] * size,
+            "drift": [0.1] * size,
+            "layers": {"energy_before": {"a": matrix, "b": matrix}},
+        },
+    }
+    folder = directory / run
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{seed}.json").write_text(json.dumps(record))
+    pd.concat(parts).to_parquet(folder / f"{seed}.parquet")
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    for seed in (1, 2, 3):
+        for run, quality in (("gaussian", 0.6), ("analytical", 0.9), ("contrastive", 0.9)):
+            write_run(tmp_path / "mine", run, seed, quality)
+        write_run(tmp_path / "mine", "gaussian+2tasks", seed, 0.6, NAMES[:2])
+        write_run(tmp_path / "mine", "analytical+2tasks", seed, 0.6, NAMES[:2])
+    return tmp_path / "mine"
+
+
+class Page(HTMLParser):
+    """What a page asks of the network, and its images without a text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.outside, self.silent, self.images = [], 0, 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.outside += [
+            v for k, v in given.items() if k in ("src", "href") and not v.startswith("data:")
+        ]
+        self.images += tag == "img"
+        self.silent += tag == "img" and not given.get("alt")
+
+
+def write_page(directory: Path) -> tuple[str, str]:
+    command = [sys.executable, "reproduce/report.py", str(directory)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return tuple((directory / f"report.{end}").read_text() for end in ("html", "md"))
+
+
+def test_the_page_needs_nothing_else_and_says_what_its_pictures_show(results):
+    html, text = write_page(results)
+    page = Page(html)
+    assert not page.outside and not page.silent and page.images == 4
+    for name in re.findall(r"!\[.*\]\((.*)\)", text):
+        assert (results / name).read_bytes().startswith(b"\x89PNG")
+    assert "some-model" in html and "viewport" in html and "@media print" in html
+
+
+def test_every_number_of_the_main_table_follows_from_the_records(results):
+    study = Study(results)
+    head, *lines = tables.main_table(study)
+    assert head == ["", "LoRA", "OSRM", "contrastive (ours)"]
+    for row, cells in ((line[0], line[1:]) for line in lines[: len(ROWS)]):
+        for start, cell in zip(("gaussian", "analytical", "contrastive"), cells, strict=True):
+            averages = []
+            for seed in (1, 2, 3):
+                record = json.loads((results / start / f"{seed}.json").read_text())
+                (found,) = (each for each in record["rows"] if each["name"] == row)
+                averages.append(100 * mean(found["scores"].values()))
+            assert cell == f"{mean(averages):.1f} ± {stdev(averages):.1f}"
+    assert lines[-2:] == [["seeds", "3", "3", "3"], ["training, s", "12", "12", "12"]]
+
+
+def test_claims_are_judged_by_what_is_there(results):
+    found = {line[0]: line for line in tables.claim_table(Study(results))}
+    (first,) = (line for claim, line in found.items() if "beats LoRA's" in claim)
+    assert first[3] == "shows here" and first[2].startswith("+")
+    (missing,) = (line for claim, line in found.items() if "RegMean" in claim)
+    assert missing[2:] == [*tables.MISSING]
+    (ours,) = (line for claim, line in found.items() if "ours" in claim)
+    assert ours[3] == "undecided here", "two arms of the same quality"
+
+
+def test_the_answer_that_is_always_the_same(results):
+    study = Study(results)
+    label = pd.read_parquet(results / "gaussian" / "1.parquet").query("task == 'mrpc'").label
+    assert tables.majority(study) == {
+        "mrpc": max(label.mean(), 1 - label.mean()),
+        "cola": 0.0,
+        "stsb": 0.0,
+    }
+
+
+def test_other_examples_are_not_paired(results):
+    path = results / "analytical" / "1.parquet"
+    table = pd.read_parquet(path)
+    table.loc[0, "label"] = 1 - table.label[0]
+    table.to_parquet(path)
+    found = Study(results).difference("analytical", "gaussian", "ties")
+    assert found is not None and found.seeds == (2, 3)
+
+
+def test_one_run_alone_gives_a_page(tmp_path):
+    write_run(tmp_path / "embedded", "orthogonal", 42, 0.7)
+    html, _ = write_page(tmp_path / "embedded")
+    assert "runs of this study are not there yet" in html and "analytical+k10/43" in html
+    assert "orthogonal/42" not in html and "not run yet" in html
+
+
+def test_no_results_are_one_line(tmp_path):
+    found = subprocess.run(
+        [sys.executable, "reproduce/report.py", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 2 and "run the study first" in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert not report.VARIED.keys() - tables.SCIENCE["questions"].keys()
