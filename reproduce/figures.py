@@ -52,6 +52,8 @@ def size_curves(study: Study, path: Path) -> None:
                 + [(end, count) for count, end in ends.items()]
             }
             points = {count: values for count, values in points.items() if values}
+            if not points:
+                continue
             colour, marker = STYLE[start]
             heights = [100 * mean(values) for values in points.values()]
             spreads = [100 * stdev(v) if len(v) > 1 else 0.0 for v in points.values()]
@@ -59,6 +61,7 @@ def size_curves(study: Study, path: Path) -> None:
             axes.errorbar([*points], heights, spreads, fmt=marker + "-", **style)
         axes.set_title(method, fontsize=10)
         axes.set_xlabel("number of merged tasks")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     fields[0].set_ylabel("score / own adapter's (× 100)")
     finish(figure, path)
 
@@ -80,7 +83,7 @@ def heat_maps(study: Study, path: Path) -> None:
         for i, j in np.ndindex(shift.shape):
             colour = "white" if shift[i, j] > 0.6 * top else "black"
             axes.text(
-                j, i, f"{shift[i, j]:.0f}", ha="center", va="center", color=colour, fontsize=7
+                j, i, f"{shift[i, j]:.2g}", ha="center", va="center", color=colour, fontsize=7
             )
         axes.set_title(TITLES[start], fontsize=10)
         axes.set_xticks(range(len(tasks)), tasks, rotation=60, fontsize=8)

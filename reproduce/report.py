@@ -91,7 +91,9 @@ def sections(study: Study) -> list[Section]:
             "Interference",
             "‖ΔW Xᵀ‖ / ‖W0 Xᵀ‖ × 100 of each adapter on each task's data: the diagonal is wanted."
             " Energy: of the features along A before training, 1 being random directions. Overlap:"
-            " median principal cosine of two tasks' trained A. Drift: ‖change of A‖ / ‖start‖.",
+            " median principal cosine of two tasks' trained A. Drift: ‖change of A‖ / ‖start‖."
+            " Error: ‖(M − ΔW) Xᵀ‖ / ‖W0 Xᵀ‖ × 100 of the task-arithmetic merge M on each task's"
+            " own data.",
             tables.run_table(study, study.starts),
         ),
         *figure(

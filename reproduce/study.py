@@ -43,7 +43,13 @@ class Difference:
     @property
     def verdict(self) -> str:
         """Whether it is above 0, as far as the interval tells."""
-        return "shows here" if self.low > 0 else "undecided here" if self.high > 0 else "does not"
+        return (
+            "shows here"
+            if self.low > 0
+            else "undecided here"
+            if self.high > 0
+            else "does not show here"
+        )
 
 
 class Study:

@@ -132,6 +132,7 @@ def run_table(study: Study, runs: Sequence[str]) -> Table:
     """A line a run: scores, what A meets before training, how far it drifts, time."""
     head = ["", "seeds", "single task", "task arithmetic", "TIES", "EMR"]
     head += ["A: own energy", "A: others'", "overlap", "drift of A", "shift, own", "shift, others"]
+    head += ["error, merged"]
     lines = [[*head, "training, s"]]
     for run in runs:
         if run not in study.records:
@@ -165,6 +166,11 @@ def drift(record: dict[str, Any]) -> float | None:
     return None if np.isnan(values).all() else float(np.nanmean(values))
 
 
+def merge_error(record: dict[str, Any]) -> float:
+    """‖(M − ΔW) Xᵀ‖ / ‖W0 Xᵀ‖ of the task-arithmetic merge M, mean over the tasks."""
+    return mean(record["interference"]["error"]["task_arithmetic"])
+
+
 MEASURES = [
     (side("energy_before", True), 1, 2),
     (side("energy_before", False), 1, 2),
@@ -172,6 +178,7 @@ MEASURES = [
     (drift, 1, 2),
     (side("shift", True), 100, 1),
     (side("shift", False), 100, 1),
+    (merge_error, 100, 1),
 ]
 
 
@@ -262,7 +269,10 @@ def kept_within(study: Study, share: float) -> tuple[str, str]:
         return MISSING
     allowed = share * mean(study.values("gaussian", "individual").values())
     verdict = "shows here" if found.low > -allowed else "undecided here"
-    return f"{found}, allowed {-allowed:.2f}", "does not" if found.high < -allowed else verdict
+    return (
+        f"{found}, allowed {-allowed:.2f}",
+        "does not show here" if found.high < -allowed else verdict,
+    )
 
 
 def robust(study: Study) -> tuple[str, str]:
@@ -299,4 +309,4 @@ def by_seed(first: dict[int, float], second: dict[int, float]) -> tuple[str, str
     text = f"{mean(found):+.1f} (by seed: {', '.join(f'{each:+.1f}' for each in found)})"
     if min(found) > 0:
         return text, "shows here"
-    return text, "does not" if max(found) < 0 else "undecided here"
+    return text, "does not show here" if max(found) < 0 else "undecided here"

@@ -115,8 +115,8 @@ def test_the_area_under_a_straight_line_is_its_middle():
     [
         (0.1, 2, "shows here"),
         (-0.1, 2, "undecided here"),
-        (-2, -0.1, "does not"),
-        (-2, 0, "does not"),
+        (-2, -0.1, "does not show here"),
+        (-2, 0, "does not show here"),
     ],
 )
 def test_a_difference_is_judged_by_its_interval(low, high, verdict):
@@ -125,7 +125,7 @@ def test_a_difference_is_judged_by_its_interval(low, high, verdict):
 
 def test_seeds_that_agree_are_a_verdict():
     assert tables.by_seed({1: 0.3, 2: 0.4}, {1: 0.1, 2: 0.3})[1] == "shows here"
-    assert tables.by_seed({1: 0.1, 2: 0.2}, {1: 0.2, 2: 0.3})[1] == "does not"
+    assert tables.by_seed({1: 0.1, 2: 0.2}, {1: 0.2, 2: 0.3})[1] == "does not show here"
     assert tables.by_seed({1: 0.3, 2: 0.2}, {1: 0.2, 2: 0.3})[1] == "undecided here"
     assert tables.by_seed({1: 0.3}, {1: 0.2}) == tables.MISSING
 
@@ -180,6 +180,7 @@ def write_run(directory: Path, run: str, seed: int, quality: float, names=NAMES)
             **dict.fromkeys(("shift", "overlap"), matrix),
             "energy_before": matrix if seed != 2 else [[None] * size] * size,
             "drift": [0.1] * size,
+            "error": {"task_arithmetic": [0.2] * size},
             "layers": {"energy_before": {"a": matrix, "b": matrix}},
         },
     }
