@@ -70,12 +70,17 @@ def load_tokenizer(backbone: Backbone) -> Any:
 
 
 def load_model(
-    backbone: Backbone, labels: tuple[str, ...], tokenizer: Any, dtype: torch.dtype | str
+    backbone: Backbone,
+    labels: tuple[str, ...],
+    tokenizer: Any,
+    dtype: torch.dtype | str,
+    device: str | None = None,
 ) -> Any:
     """The pre-trained model with a new head, drawn from torch's global generator.
 
     Args:
         labels: the classes; none of them means a regression.
+        device: "meta" for names, shapes and precisions without the weights.
     """
     config = _from_hub(AutoConfig.from_pretrained, backbone)
     if config.pad_token_id is None:
@@ -86,7 +91,7 @@ def load_model(
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
     load = AutoModelForSequenceClassification.from_pretrained
-    return _from_hub(load, backbone, config=config, dtype=dtype)
+    return _from_hub(load, backbone, config=config, dtype=dtype, device_map=device)
 
 
 def _from_hub(load: Callable[..., Any], backbone: Backbone, **options: Any) -> Any:

@@ -175,7 +175,7 @@ def checksum(path: Path) -> str:
 @torch.no_grad()
 def _read_dense(path: Path, base: Any) -> tuple[dict[str, Update], dict[str, Tensor]]:
     """Dense minus base: one update a linear layer that changed; each is read when it is needed."""
-    files = _tensor_files(path)
+    files = tensor_files(path)
     own = base.state_dict()
     heads = tuple(f"{name}." for name in head_names(base))
     # A file holds tied tensors once.
@@ -193,7 +193,7 @@ def _read_dense(path: Path, base: Any) -> tuple[dict[str, Update], dict[str, Ten
     updates: dict[str, Update] = {}
     head, others = {}, []
     for name in sorted(files):
-        tensor = _read_tensor(files[name], name)
+        tensor = read_tensor(files[name], name).float()
         if not tensor.isfinite().all():
             raise UserError(f"{files[name]}: '{name}' holds NaN or infinity; train it again")
         if name.startswith(heads):
@@ -217,12 +217,16 @@ def _read_dense(path: Path, base: Any) -> tuple[dict[str, Update], dict[str, Ten
 
 
 def _difference(file: Path, name: str, base: Tensor) -> Any:
-    return lambda: _read_tensor(file, name) - base.detach().float().cpu()
+    return lambda: read_tensor(file, name).float() - base.detach().float().cpu()
 
 
-def _tensor_files(path: Path) -> dict[str, Path]:
-    """{tensor: file} of a checkpoint, sharded or not."""
-    if (path / INDEX).exists():
+def tensor_files(path: Path) -> dict[str, Path]:
+    """{tensor: file} of a model's directory; a file of all comes first, as in transformers.
+
+    Raises:
+        UserError: there is no safetensors file, or it is damaged.
+    """
+    if (path / INDEX).exists() and not (path / DENSE).exists():
         index = read_json(path / INDEX, "checkpoint")
         try:
             return {name: path / Path(file).name for name, file in index["weight_map"].items()}
@@ -235,9 +239,10 @@ def _tensor_files(path: Path) -> dict[str, Path]:
         raise UserError(f"{path / DENSE}: not readable ({error}); save the model again") from None
 
 
-def _read_tensor(file: Path, name: str) -> Tensor:
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor as it is stored; raises UserError if the file is damaged."""
     try:
         with safe_open(file, framework="pt") as tensors:
-            return tensors.get_tensor(name).float()
+            return tensors.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: not readable ({error}); save the model again") from None

@@ -138,6 +138,11 @@ class MergedUpdate(Mapping[str, Tensor]):
         return len(self.numbers)
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """The task's classes; none of them means a regression."""
+        return tuple(self.recipe["tasks"][self.task]["labels"])
+
+    @property
     def head(self) -> dict[str, Tensor]:
         """The task's trained head."""
         return load_file(self.directory / "heads" / f"{self.task}.safetensors")
@@ -162,8 +167,7 @@ def load_merged(
     """
     update = MergedUpdate(Path(directory), task)
     base = find_backbone(backbone or update.recipe["backbone"])
-    labels = tuple(update.recipe["tasks"][task]["labels"])
-    model = load_model(base, labels, load_tokenizer(base), dtype)
+    model = load_model(base, update.labels, load_tokenizer(base), dtype)
     load_head(model, update.head)
     for module in update:
         linear_weight(model, module).add_(update[module])

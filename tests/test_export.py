@@ -11,9 +11,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from osrm import load_merged
+from osrm import export, load_merged
 from osrm.adapters import read_adapter
 from osrm.commands.merge import run
 from osrm.config import MergeConfig
@@ -46,7 +46,7 @@ LOW = [name for name in BLIND if name not in DENSE]
 def make_adapter(base: Path, folder: Path, labels: int, seed: int, **options) -> str:
     """By PEFT alone: random factors and head; the second layer's query stays as it is."""
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
-    config = LoraConfig(task_type="SEQ_CLS", modules_to_save=["classifier"], **options)
+    config = LoraConfig(task_type="SEQ_CLS", **{"modules_to_save": ["classifier"], **options})
     model = get_peft_model(model, config)
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -240,6 +240,58 @@ def test_an_exported_model_has_the_precision_of_its_base(out, tmp_path):
     for name in update:
         expected = base.get_submodule(name).weight.float() + update[name]
         assert torch.equal(model.get_submodule(name).weight, expected.bfloat16())
+
+
+@pytest.mark.parametrize("stored", ["one file", "shards", "names of the body"])
+@pytest.mark.parametrize("family", ["roberta", "bert", "t5", "llama"])
+def test_a_model_is_exported_tensor_by_tensor(family, stored, tiny, tmp_path, monkeypatch):
+    """And is bit for bit the merged model, ties and all, with nothing lacking or left over."""
+    base = tmp_path / "base"
+    body = AutoModel if stored == "names of the body" else AutoModelForSequenceClassification
+    model = body.from_pretrained(tiny[family], dtype=torch.bfloat16)
+    model.save_pretrained(base, max_shard_size="20KB" if stored == "shards" else "1GB")
+    AutoTokenizer.from_pretrained(tiny[family]).save_pretrained(base)
+    assert (len([*base.glob("*.safetensors")]) > 1) == (stored == "shards")
+    targets = {"t5": ["q", "v"], "llama": ["q_proj", "v_proj"]}.get(family, ["query", "value"])
+    head = {"t5": "classification_head", "llama": "score"}.get(family, "classifier")
+    adapter = make_adapter(
+        base, tmp_path / "a", 2, 0, target_modules=targets, modules_to_save=[head]
+    )
+    out = merge_them({"brief": adapter}, tmp_path, methods=["average"], no_eval=True)
+    expected = load_merged(out / "average", "brief", dtype="auto")
+
+    def whole(*_, **__):
+        raise AssertionError("the base was loaded whole")
+
+    monkeypatch.setattr(export, "load_merged", whole)
+    monkeypatch.setattr(export, "SHARD", 20_000)
+    export_model(MergedUpdate(out / "average", "brief"), tmp_path / "model")
+    assert len([*(tmp_path / "model").glob("*.safetensors")]) > 1
+    found, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "model", output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert found.dtype == torch.bfloat16 and type(found) is type(expected)
+    state = found.state_dict()
+    assert state.keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    assert found.config.id2label == expected.config.id2label
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").get_vocab()
+
+
+def test_a_base_without_safetensors_is_loaded_whole_and_that_is_said(tiny, tmp_path, caplog):
+    base = shutil.copytree(tiny["roberta"], tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    (base / "model.safetensors").unlink()
+    torch.save(model.state_dict(), base / "pytorch_model.bin")
+    adapter = make_adapter(base, tmp_path / "a", 2, 0, target_modules=["query"])
+    out = merge_them({"polite": adapter}, tmp_path, methods=["average"], no_eval=True)
+    with caplog.at_level(logging.INFO, logger="osrm"):
+        export_model(MergedUpdate(out / "average", "polite"), tmp_path / "model")
+    assert "loaded at once" in caplog.text
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert torch.equal(logits(found), logits(load_merged(out / "average", "polite")))
 
 
 def test_merge_py_exports_what_has_a_format(paths, tmp_path, caplog):
