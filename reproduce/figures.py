@@ -11,7 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from study import SCIENCE, STARTS, TITLES, Study
+from plan import QUESTIONS, STARTS
+from study import TITLES, Study
 from tables import METHODS, curves
 
 from osrm.report import COLOURS, save
@@ -41,7 +42,7 @@ def lambda_curves(study: Study, path: Path) -> None:
 
 def size_curves(study: Study, path: Path) -> None:
     """Normalised average against the number of merged tasks."""
-    asked = SCIENCE["questions"]["tasks"]
+    asked = QUESTIONS["tasks"]
     figure, fields = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
     for axes, method in zip(fields, METHODS):
         for start in asked["starts"]:

@@ -15,7 +15,8 @@ from pathlib import Path
 import figures
 import tables
 from jinja2 import Environment, FileSystemLoader
-from study import HERE, SCIENCE, Study
+from plan import HERE, runs, varied_runs
+from study import Study
 
 from osrm.errors import UserError, run_script
 from osrm.report import markdown
@@ -108,8 +109,8 @@ def sections(study: Study) -> list[Section]:
     for question, text in VARIED.items():
         plain = tables.PLAIN.get(question)
         note = f"{text} The plain run of a start is {plain}." if plain else text
-        runs = tables.variation_runs(question)
-        found.append(Section(f"Variation: {question}", note, tables.run_table(study, runs)))
+        table = tables.run_table(study, varied_runs(question))
+        found.append(Section(f"Variation: {question}", note, table))
     rates = HERE.parent / "hparams" / f"lr_{study.name}.json"
     if rates.exists():
         found.append(
@@ -148,14 +149,9 @@ def figure(
 
 def missing(study: Study) -> list[str]:
     """The runs that the study asks for and has not."""
-    starts = study.settings.get("starts", [*SCIENCE["starts"]])
-    wanted = [(start, seed) for start in starts for seed in study.settings.get("seeds", [])]
-    for question in SCIENCE["questions"]:
-        for run in tables.variation_runs(question):
-            start, _, name = run.partition("+")
-            if start in starts and name and name in study.settings.get("variations", [name]):
-                wanted += [(run, seed) for seed in study.settings.get("more_seeds", [])]
-    return [f"{run}/{seed}" for run, seed in wanted if seed not in study.records.get(run, {})]
+    wanted = runs(study.name) if study.settings else []
+    have = {f"{run}/{seed}" for run, seeds in study.records.items() for seed in seeds}
+    return [run for run in wanted if run not in have]
 
 
 def footer(study: Study) -> dict[str, str]:

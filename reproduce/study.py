@@ -12,12 +12,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from bootstrap import example_resamples, interval
+from plan import STARTS, STUDIES
 
-HERE = Path(__file__).parent
-SCIENCE = yaml.safe_load((HERE / "questions.yaml").read_text())
-STARTS: dict[str, str] = SCIENCE["starts"]
 TITLES = {
     "gaussian": "LoRA",
     "gaussian-norm1": "LoRA, norm 1",
@@ -62,10 +59,7 @@ class Study:
         for path in sorted(directory.glob("*/*.json")):
             record = json.loads(path.read_text(encoding="utf-8"))
             self.records.setdefault(path.parent.name, {})[int(path.stem)] = record
-        settings = HERE / "studies" / f"{self.name}.yaml"
-        self.settings: dict[str, Any] = (
-            yaml.safe_load(settings.read_text()) if settings.exists() else {}
-        )
+        self.settings: dict[str, Any] = STUDIES.get(self.name, {})
         self._resamples: dict[tuple[str, int], Mapping[str, Any]] = {}
 
     @property

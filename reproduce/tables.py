@@ -8,7 +8,8 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from study import SCIENCE, TITLES, Difference, Study, area, spread
+from plan import QUESTIONS
+from study import TITLES, Difference, Study, area, spread
 
 from osrm.glue import TASKS
 
@@ -182,16 +183,9 @@ MEASURES = [
 ]
 
 
-def variation_runs(question: str) -> list[str]:
-    """The runs of one question, each start's plain run first."""
-    asked = SCIENCE["questions"][question]
-    (names,) = (asked[kind] for kind in ("vary", "transform", "subsets") if kind in asked)
-    return [run for s in asked["starts"] for run in (s, *(f"{s}+{name}" for name in names))]
-
-
 def size_table(study: Study) -> Table:
     """Normalised average × 100 against the number of merged tasks."""
-    asked = SCIENCE["questions"]["tasks"]
+    asked = QUESTIONS["tasks"]
     endings = {f"+{name}": str(count) for name, count in asked["subsets"].items()} | {"": "all"}
     lines = [["", *(f"{method}, {n}" for method in METHODS[:2] for n in endings.values())]]
     for start in asked["starts"]:
@@ -290,7 +284,7 @@ def robust(study: Study) -> tuple[str, str]:
 
 def grows(study: Study) -> tuple[str, str]:
     """Is OSRM's advantage in the normalised average larger for all tasks than for the fewest?"""
-    few = next(iter(SCIENCE["questions"]["tasks"]["subsets"]))
+    few = next(iter(QUESTIONS["tasks"]["subsets"]))
     advantage: list[dict[int, float]] = []
     for end in ("", f"+{few}"):
         ours, theirs = (

@@ -23,11 +23,10 @@ from tests.test_readme import ROOT
 
 pytest.importorskip("snakemake")
 
-STUDIES = {
-    path.stem: yaml.safe_load(path.read_text())
-    for path in sorted((ROOT / "reproduce" / "studies").glob("*.yaml"))
-}
-SCIENCE = yaml.safe_load((ROOT / "reproduce" / "questions.yaml").read_text())
+sys.path.insert(0, str(ROOT / "reproduce"))
+
+from plan import SCIENCE, STUDIES
+
 QUESTIONS = ["methods", *SCIENCE["questions"]]
 HUB = [name for name in STUDIES if "minilm" not in STUDIES[name]["flags"]]
 
@@ -49,10 +48,9 @@ def workflow(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.Co
 @pytest.fixture
 def tree(tmp_path) -> Path:
     """The project without its results and runs, to run the workflow in."""
-    for name in ("reproduce/Snakefile", "reproduce/questions.yaml", "reproduce/studies"):
-        target = tmp_path / name
-        target.parent.mkdir(exist_ok=True)
-        target.symlink_to(ROOT / name)
+    for name in ("Snakefile", "plan.py", "questions.yaml", "studies"):
+        (tmp_path / "reproduce").mkdir(exist_ok=True)
+        (tmp_path / "reproduce" / name).symlink_to(ROOT / "reproduce" / name)
     for name in ("osrm", "train_glue.py", "merge.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     chosen = shutil.ignore_patterns(*(f"lr_{study}.json" for study in STUDIES))

@@ -1,0 +1,49 @@
+"""What the studies ask for: questions.yaml and studies/*.yaml, as runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+STUDIES: dict[str, dict[str, Any]] = {
+    path.stem: yaml.safe_load(path.read_text())
+    for path in sorted((HERE / "studies").glob("*.yaml"))
+}
+SCIENCE = yaml.safe_load((HERE / "questions.yaml").read_text())
+STARTS: dict[str, str] = SCIENCE["starts"]
+"""{start: train_glue.py's flags}"""
+QUESTIONS: dict[str, dict[str, Any]] = SCIENCE["questions"]
+KINDS = ("vary", "transform", "subsets")
+
+
+def variations(kind: str) -> dict[str, Any]:
+    """{variation: what it is} of all questions of a kind."""
+    return {
+        name: value for asked in QUESTIONS.values() for name, value in asked.get(kind, {}).items()
+    }
+
+
+def varied_runs(question: str) -> list[str]:
+    """start+variation of one question, each start's behind it."""
+    asked = QUESTIONS[question]
+    (names,) = (asked[kind] for kind in KINDS if kind in asked)
+    return [run for start in asked["starts"] for run in (start, *(f"{start}+{n}" for n in names))]
+
+
+def runs(study: str, question: str | None = None) -> list[str]:
+    """The runs of one question of a study, or of all, as start[+variation]/seed."""
+    setting = STUDIES[study]
+    starts = setting.get("starts", [*STARTS])
+    if question == "methods":
+        return [f"{start}/{seed}" for start in starts for seed in setting["seeds"]]
+    if question is None:
+        return [run for each in ("methods", *QUESTIONS) for run in runs(study, each)]
+    found = []
+    for run in varied_runs(question):
+        start, _, name = run.partition("+")
+        if name and start in starts and name in setting.get("variations", [name]):
+            found += [f"{run}/{seed}" for seed in setting["more_seeds"]]
+    return found
