@@ -698,6 +698,7 @@ def test_truncated_dense_checkpoint(refuse, dense, tiny):
 @pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {"x": 1}}'])
 def test_index_of_shards(refuse, dense, tiny, index):
     folder = dense(lambda tensors: tensors[QUERY].add_(1))
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(index)
     argv = [*MERGE, "--backbone", str(tiny["roberta"])]
     refuse("merge.py", argv, ["model.safetensors.index.json", "weight_map"])

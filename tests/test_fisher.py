@@ -115,6 +115,6 @@ def test_a_damaged_cache_is_computed_again(merge_fisher, damage, own_feature_cac
     DAMAGES[damage](file)
     caplog.set_level(logging.WARNING)
     assert written(merge_fisher("after") / "fisher") == before
-    (line,) = [each.getMessage() for each in caplog.records if "damaged" in each.getMessage()]
+    (line,) = [each.getMessage() for each in caplog.records if "is damaged" in each.getMessage()]
     assert str(file) in line and "computing it again" in line and "\n" not in line
     assert file.read_bytes() == whole and other.stat().st_mtime_ns == untouched
