@@ -179,3 +179,22 @@ def test_what_lasts_of_a_run_is_what_its_merge_and_training_said(tiny, tiny_data
     assert len(pd.read_parquet(files[1])) == sum(
         each["eval_samples"] for each in results["rows"][0]["metrics"].values()
     )
+
+
+def test_the_rate_of_a_start_is_the_best_mean_over_the_seeds(tree):
+    """A rate that fails with one seed is not chosen for its luck with another."""
+    scores = {"1e-3": (0.6, 0.6), "2e-3": (0.7, 0.7), "4e-3": (0.2, 0.8)}
+    assert [*scores] == STUDIES["embedded"]["tune"]["rates"]
+    for start in SCIENCE["starts"]:
+        for rate, found in scores.items():
+            for seed, score in zip(STUDIES["embedded"]["tune"]["seeds"], found, strict=True):
+                path = tree / f"reproduce/results/embedded/tune/{start}/{rate}/{seed}.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(score))
+    done = workflow("--cores", "1", "hparams/lr_embedded.json", cwd=tree)
+    assert done.returncode == 0, done.stderr
+    chosen = json.loads((tree / "hparams/lr_embedded.json").read_text())
+    assert chosen.keys() == SCIENCE["starts"].keys()
+    for found in chosen.values():
+        assert found["lr"] == "2e-3"
+        assert found["tried"] == pytest.approx({"1e-3": 0.6, "2e-3": 0.7, "4e-3": 0.5})
