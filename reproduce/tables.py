@@ -149,22 +149,25 @@ def run_table(study: Study, runs: Sequence[str]) -> Table:
     return lines
 
 
+def known_mean(values: np.ndarray) -> float | None:
+    """The mean of what is not NaN; None if nothing is known."""
+    return None if np.isnan(values).all() else float(np.nanmean(values))
+
+
 def side(table: str, own: bool) -> Callable[[dict[str, Any]], float | None]:
     """The mean of a T × T table's diagonal, or of all else."""
 
     def measure(record: dict[str, Any]) -> float | None:
         matrix = np.array(record["interference"][table], dtype=float)
         chosen = np.eye(len(matrix), dtype=bool)
-        values = matrix[chosen if own else ~chosen]
-        return None if np.isnan(values).all() else float(np.nanmean(values))
+        return known_mean(matrix[chosen if own else ~chosen])
 
     return measure
 
 
 def drift(record: dict[str, Any]) -> float | None:
     """‖change of A‖ / ‖its start‖, mean over the tasks."""
-    values = np.array(record["interference"]["drift"], dtype=float)
-    return None if np.isnan(values).all() else float(np.nanmean(values))
+    return known_mean(np.array(record["interference"]["drift"], dtype=float))
 
 
 def merge_error(record: dict[str, Any]) -> float:
