@@ -26,7 +26,7 @@ def lambda_curves(study: Study, path: Path) -> None:
     figure, fields = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
     for axes, method in zip(fields, METHODS):
         for start in study.starts:
-            found = curves(study, start, method)
+            found = [*curves(study, start, method).values()]
             if not found:
                 continue
             colour, marker = STYLE[start]

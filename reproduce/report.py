@@ -8,14 +8,16 @@ from __future__ import annotations
 import argparse
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import claims
 import figures
 import tables
 from jinja2 import Environment, FileSystemLoader
-from plan import HERE, runs, varied_runs
+from plan import HERE, QUESTIONS, STARTS, runs, varied_runs
 from study import Study
 
 from osrm.errors import UserError, run_script
@@ -25,102 +27,152 @@ from osrm.runs import write_text
 
 @dataclass(frozen=True)
 class Section:
-    """One question: a table or a figure, and how to read it."""
+    """One question: tables, a figure, and how to read them."""
 
     title: str
     note: str
-    table: tables.Table | None = None
+    tables: tuple[tables.Table, ...] = ()
     figure: str = ""
-    """The file of the plot, beside the page."""
+    """The file of the plot, from the page."""
+    runs: tuple[str, ...] = ()
+    """What it is made of; all starts if it does not say."""
+    short: bool = True
+    """Whether it also stands in report.md."""
 
 
 def sections(study: Study) -> list[Section]:
     """All that the results of the study can tell."""
-    found = [
+    return [
+        *results(study),
+        *illustrated(study),
+        *(variation(study, question) for question in VARIED),
+        *rates(study),
+    ]
+
+
+def results(study: Study) -> list[Section]:
+    """The claims, and the scores behind them."""
+    sizes = [run for run in varied_runs("tasks") if run in study.records]
+    return [
         Section(
             "Claims",
-            "Differences of the average score × 100, paired by seed, with 95 % bootstrap intervals"
-            " over seeds and examples. A claim shows if its interval lies above 0, and does not if"
-            " it lies below or at 0; the claims on λ and on the number of tasks if every seed"
-            " agrees. What is known of the paper comes from third-party notes.",
-            tables.claim_table(study),
+            "Differences of the average score × 100 with 95 % intervals, paired by seed: bootstrap"
+            " over seeds and examples; for λ and the number of tasks, which have no predictions to"
+            " draw from, Student's over the seeds. A claim shows if its interval lies above 0 (for"
+            " “within 1 %”: above −1), does not if it lies below or at it, and is undecided else"
+            " or with one seed. The intervals are not corrected for their number: one in twenty"
+            " misses. What is known of the paper comes from third-party notes.",
+            (claims.claim_table(study),),
+            runs=tuple(dict.fromkeys([*study.starts, *sizes])),
         ),
         Section(
             "Which start, which method",
             "Average score of the tasks × 100 under each task's own head, mean ± standard"
-            " deviation over the seeds. λ is chosen on held-out data.",
-            tables.main_table(study),
+            " deviation over the seeds. λ is chosen on held-out data. The constants answer all"
+            " examples alike.",
+            (tables.main_table(study),),
+        ),
+        Section(
+            "Normalised average",
+            "Mean over the tasks of the score / the score of the task's own adapter, × 100: what a"
+            " merge keeps, whatever there was to keep.",
+            (tables.start_table(study, "normalised_average"),),
+            short=False,
         ),
         Section(
             "Paired differences",
-            "The same minus the same, by seed, with 95 % bootstrap intervals over seeds and"
+            "Of the average score × 100, by seed, with 95 % bootstrap intervals over seeds and"
             " examples. A bootstrap over few seeds is too narrow rather than too wide.",
-            tables.difference_table(study),
+            (tables.difference_table(study),),
         ),
         Section(
             "Single tasks",
-            "Each task with its own adapter, × 100.",
-            tables.task_table(study, "individual"),
+            "Each task with its own adapter, × 100. The most frequent label, and the best constant,"
+            " are what needs no model: by F1 the best constant may be the rarer label.",
+            (tables.task_table(study, "individual"),),
         ),
         Section(
             "Task arithmetic, by task",
             "All adapters merged, × 100.",
-            tables.task_table(study, "task_arithmetic"),
+            (tables.task_table(study, "task_arithmetic"),),
+            short=False,
         ),
-        Section("The chosen λ", "Of each seed.", tables.scale_table(study)),
-        *figure(
+        Section(
+            "The chosen λ",
+            "Of each seed, on held-out data.",
+            (tables.scale_table(study),),
+            short=False,
+        ),
+    ]
+
+
+def illustrated(study: Study) -> list[Section]:
+    """What has a figure."""
+    return [
+        figure(
             study,
             figures.lambda_curves,
-            "lambda.png",
             "Robustness to λ",
-            "The held-out average against λ; the bands are standard deviations over the seeds.",
-            tables.area_table(study),
+            "The held-out average against λ, × 100; the bands are standard deviations over the"
+            " seeds. A higher curve has a larger area without being flatter: area / best tells how"
+            " flat it is.",
+            (tables.area_table(study),),
         ),
-        *figure(
+        figure(
             study,
             figures.size_curves,
-            "tasks.png",
             "How many tasks",
             "Score of the merge / score of the own adapter × 100. Each seed draws tasks of its own,"
-            " the same for all starts.",
-            tables.size_table(study),
+            " the same for all starts. Differences: of the average score × 100.",
+            (tables.size_table(study), tables.contrast_table(study, "tasks")),
+            varied_runs("tasks"),
         ),
-        *figure(
+        figure(
             study,
             figures.heat_maps,
-            "interference.png",
             "Interference",
             "‖ΔW Xᵀ‖ / ‖W0 Xᵀ‖ × 100 of each adapter on each task's data: the diagonal is wanted."
             " Energy: of the features along A before training, 1 being random directions. Overlap:"
             " median principal cosine of two tasks' trained A. Drift: ‖change of A‖ / ‖start‖."
             " Error: ‖(M − ΔW) Xᵀ‖ / ‖W0 Xᵀ‖ × 100 of the task-arithmetic merge M on each task's"
-            " own data.",
-            tables.run_table(study, study.starts),
+            " own data. Merges: task arithmetic, TIES and EMR together.",
+            (tables.run_table(study, study.starts),),
         ),
-        *figure(
-            study,
-            figures.layer_energies,
-            "energy.png",
-            "Energy along A, by layer",
-            "Before training.",
-            None,
+        figure(
+            study, figures.layer_energies, "Energy along A by layer", "Before the training.", ()
         ),
     ]
-    for question, text in VARIED.items():
-        plain = tables.PLAIN.get(question)
-        note = f"{text} The plain run of a start is {plain}." if plain else text
-        table = tables.run_table(study, varied_runs(question))
-        found.append(Section(f"Variation: {question}", note, table))
-    rates = HERE.parent / "hparams" / f"lr_{study.name}.json"
-    if rates.exists():
-        found.append(
-            Section(
-                "The rate of each start",
-                "Mean selection score × 100 on held-out data, with a seed that is not reported.",
-                tables.rate_table(json.loads(rates.read_text())),
-            )
+
+
+def variation(study: Study, question: str) -> Section:
+    """One question of runs that were trained or moved anew."""
+    plain = tables.PLAIN.get(question)
+    note = f" The plain run of a start is {plain}." if plain else ""
+    asked = varied_runs(question)
+    needed = dict.fromkeys([*asked, *(other for _, other in tables.contrasts(question))])
+    return Section(
+        f"Variation: {question}",
+        f"{VARIED[question]}{note} Differences are paired by seed: the plain runs may have more"
+        " seeds than the variations.",
+        (tables.run_table(study, asked), tables.contrast_table(study, question)),
+        runs=(*needed,),
+    )
+
+
+def rates(study: Study) -> list[Section]:
+    """The rates that were tried, if the study chose them."""
+    path = HERE.parent / "hparams" / f"lr_{study.name}.json"
+    if not path.exists():
+        return []
+    return [
+        Section(
+            "The rate of each start",
+            "Mean selection score × 100 on held-out data, with a seed that is not reported"
+            f" (hparams/{path.name}).",
+            (tables.rate_table(json.loads(path.read_text())),),
+            short=False,
         )
-    return found
+    ]
 
 
 VARIED = {
@@ -137,14 +189,17 @@ VARIED = {
 def figure(
     study: Study,
     draw: Callable[[Study, Path], None],
-    name: str,
     title: str,
     note: str,
-    table: tables.Table | None,
-) -> list[Section]:
+    shown: tuple[tables.Table, ...],
+    of: Iterable[str] = (),
+) -> Section:
     """Draw a figure beside the page; its section."""
-    draw(study, study.directory / name)
-    return [Section(title, note, table, name)]
+    name = f"plots/{draw.__name__}.png"
+    path = study.directory / name
+    path.parent.mkdir(exist_ok=True)
+    draw(study, path)
+    return Section(title, note, shown, name, (*of,))
 
 
 def missing(study: Study) -> list[str]:
@@ -154,35 +209,73 @@ def missing(study: Study) -> list[str]:
     return [run for run in wanted if run not in have]
 
 
-def footer(study: Study) -> dict[str, str]:
+def footer(study: Study) -> dict[str, list[str]]:
     """Where the numbers come from."""
     records = [each for seeds in study.records.values() for each in seeds.values()]
     dates = sorted({each["date"] for each in records})
-    versions = {json.dumps(each["environment"], sort_keys=True) for each in records}
     settings = study.settings
+    common = f"{settings.get('flags', '')} {settings.get('train', '')}"
+    found = {
+        "Command": [f"snakemake --snakefile reproduce/Snakefile --cores 2 {study.name}"],
+        "train_glue.py, all runs": [common],
+        "train_glue.py, each start": [
+            f"{tables.title(start)}: {STARTS[start]}" for start in study.starts
+        ],
+        "train_glue.py, each variation": [
+            f"{name}: {flags}" for asked in QUESTIONS.values() for name, flags in moved(asked)
+        ],
+        "merge.py": [
+            f"--search {' '.join(map(str, settings.get('scales', [])))} {settings.get('merge', '')}"
+        ],
+        "Seeds": [
+            f"{tables.title(run)}: {', '.join(map(str, sorted(seeds)))}"
+            for run, seeds in study.records.items()
+        ],
+        "Model": sorted({each["backbone"] for each in records}),
+        "Dates": [" to ".join(dict.fromkeys([dates[0], dates[-1]]))],
+        "Machine": sorted({each["machine"] for each in records}),
+        "Versions": sorted({versions(each["environment"]) for each in records}),
+    }
+    if not settings:
+        return {name: lines for name, lines in found.items() if name in ALWAYS}
+    return found
+
+
+ALWAYS = ("Seeds", "Model", "Dates", "Machine", "Versions")
+"""What is known of results that are no study of ours."""
+
+
+def moved(asked: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """The variations of a question that have flags."""
+    return {**asked.get("vary", {}), **asked.get("transform", {})}.items()
+
+
+def versions(environment: dict[str, str]) -> str:
+    """The packages, and the commit of the run."""
+    return ", ".join(f"{name.replace('_', ' ')} {text}" for name, text in environment.items())
+
+
+def sources(study: Study, part: Section) -> dict[str, list[str]]:
+    """{run: its records, from the page} behind one section."""
     return {
-        "Command": f"snakemake --snakefile reproduce/Snakefile --cores 2 {study.name}",
-        "train_glue.py": f"{settings.get('flags', '')} {settings.get('train', '')}",
-        "merge.py": f"--search {' '.join(map(str, settings.get('scales', [])))}"
-        f" {settings.get('merge', '')}",
-        "Model": ", ".join(sorted({each["backbone"] for each in records})),
-        "Dates": " to ".join(dict.fromkeys([dates[0], dates[-1]])),
-        "Machine": ", ".join(sorted({each["machine"] for each in records})),
-        "Versions": " · ".join(sorted(versions)),
-        "Files": f"reproduce/results/{study.name}/<run>/<seed>.json and .parquet",
+        run: [f"{run}/{seed}.json" for seed in sorted(study.records[run])]
+        for run in part.runs or study.starts
+        if run in study.records
     }
 
 
 def markdown_page(study: Study, parts: list[Section]) -> str:
     """The short form, for a README."""
-    lines = []
+    absent = missing(study)
+    lines = [f"{len(absent)} runs of this study are not there yet."] if absent else []
+    lines += study.problems
     for part in parts:
-        lines += [f"### {part.title}", part.note]
-        if part.table:
-            head, *body = part.table
-            lines.append(markdown([head, ["---", *["---:"] * (len(head) - 1)], *body]))
-        if part.figure:
-            lines.append(f"![{part.title}]({part.figure})")
+        if part.short:
+            lines += [f"### {part.title}", part.note]
+            for head, *body in part.tables:
+                lines.append(markdown([head, ["---", *["---:"] * (len(head) - 1)], *body]))
+            if part.figure:
+                lines.append(f"![{part.title}]({part.figure})")
     return "\n\n".join(lines) + "\n"
 
 
@@ -197,6 +290,8 @@ def html_page(study: Study, parts: list[Section]) -> str:
     return loader.get_template("page.html.j2").render(
         study=study.name,
         sections=parts,
+        sources=[sources(study, part) for part in parts],
+        problems=[*study.problems],
         images=images,
         missing=missing(study),
         footer=footer(study),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from bootstrap import example_resamples, interval
+from bootstrap import example_resamples, interval, seed_interval
 from plan import STARTS, STUDIES
 
 TITLES = {
@@ -21,13 +21,13 @@ TITLES = {
     "orthogonal": "random frame",
     "analytical": "OSRM",
     "contrastive": "contrastive (ours)",
-    "release": "release",
+    "release": "the release's code",
 }
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One start minus another, paired by seed: score × 100."""
+    """One start minus another, paired by seed: × 100."""
 
     mean: float
     low: float
@@ -35,18 +35,30 @@ class Difference:
     seeds: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+        text = f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+        return f"{text}, one seed" if len(self.seeds) == 1 else text
 
     @property
     def verdict(self) -> str:
         """Whether it is above 0, as far as the interval tells."""
-        return (
-            "shows here"
-            if self.low > 0
-            else "undecided here"
-            if self.high > 0
-            else "does not show here"
-        )
+        return self.above(0)
+
+    @property
+    def sign(self) -> str:
+        """Higher or lower, as far as the interval tells; one seed does not."""
+        if self.low == self.high == 0:
+            return "equal"
+        if len(self.seeds) == 1 or self.low <= 0 <= self.high:
+            return "undecided"
+        return "higher" if self.low > 0 else "lower"
+
+    def above(self, bound: float) -> str:
+        """Whether it is above a bound; one seed is no verdict, since seeds differ."""
+        if len(self.seeds) > 1 and self.low > bound:
+            return "shows here"
+        if len(self.seeds) > 1 and self.high <= bound:
+            return "does not show here"
+        return "undecided here"
 
 
 class Study:
@@ -55,11 +67,20 @@ class Study:
     def __init__(self, directory: Path) -> None:
         """Read every record; predictions only when they are asked for."""
         self.directory, self.name = directory, directory.name
+        self.problems: dict[str, None] = {}
+        """What of the results could not be used, and why, in the order in which it was met."""
         self.records: dict[str, dict[int, dict[str, Any]]] = {}
         for path in sorted(directory.glob("*/*.json")):
-            record = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                record = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                self.problems[f"{path.parent.name}/{path.name} is not whole; it is left out."] = (
+                    None
+                )
+                continue
             self.records.setdefault(path.parent.name, {})[int(path.stem)] = record
         self.settings: dict[str, Any] = STUDIES.get(self.name, {})
+        self._predictions: dict[tuple[str, int], pd.DataFrame | None] = {}
         self._resamples: dict[tuple[str, int], Mapping[str, Any]] = {}
 
     @property
@@ -100,40 +121,72 @@ class Study:
         records = self.records.get(run, {}).values()
         return [each["search"][method]["best"] for each in records if method in each["search"]]
 
-    def predictions(self, run: str, seed: int) -> pd.DataFrame:
-        """Every prediction on a reported example: see merge.py's predictions.parquet."""
-        return pd.read_parquet(self.directory / run / f"{seed}.parquet")
+    def predictions(self, run: str, seed: int) -> pd.DataFrame | None:
+        """Every prediction on a reported example, if they are there: merge.py's own file."""
+        key = run, seed
+        if key not in self._predictions:
+            path = self.directory / run / f"{seed}.parquet"
+            try:
+                self._predictions[key] = pd.read_parquet(path)
+            except (OSError, ValueError):
+                self._predictions[key] = None
+                self.problems[f"{run}/{path.name} is not there or not whole; not paired."] = None
+        return self._predictions[key]
 
     def resamples(self, run: str, seed: int) -> Mapping[str, Any]:
-        """{row: average score (resamples,)}, once a run."""
+        """{row: average score (resamples,)}, once a run whose predictions are there."""
         key = run, seed
         if key not in self._resamples:
             rows = [row["name"] for row in self.records[run][seed]["rows"]]
             self._resamples[key] = example_resamples(self.predictions(run, seed), rows)
         return self._resamples[key]
 
-    def difference(self, run: str, other: str, row: str) -> Difference | None:
-        """The first run minus the second, over the seeds that both have on the same examples."""
+    def difference(
+        self, run: str, other: str, row: str, relative: bool = False
+    ) -> Difference | None:
+        """The first run minus the second, over the seeds that both have on the same examples.
+
+        Args:
+            relative: divided by the second, in percent.
+        """
         first, second = self.values(run, row), self.values(other, row)
-        seeds = [seed for seed in first.keys() & second.keys() if self.comparable(run, other, seed)]
+        seeds = sorted(
+            seed for seed in first.keys() & second.keys() if self.comparable(run, other, seed)
+        )
         if not seeds:
             return None
+
+        def compare(ours: Any, theirs: Any) -> Any:
+            return (ours - theirs) / theirs if relative else ours - theirs
+
         low, high = interval(
             {
-                seed: self.resamples(run, seed)[row] - self.resamples(other, seed)[row]
-                for seed in sorted(seeds)
+                seed: compare(self.resamples(run, seed)[row], self.resamples(other, seed)[row])
+                for seed in seeds
             }
         )
-        middle = mean(first[seed] - second[seed] for seed in seeds)
-        return Difference(100 * middle, 100 * low, 100 * high, tuple(sorted(seeds)))
+        middle = mean(compare(first[seed], second[seed]) for seed in seeds)
+        return Difference(100 * middle, 100 * low, 100 * high, tuple(seeds))
 
     def comparable(self, run: str, other: str, seed: int) -> bool:
-        """Whether two runs were scored on the same examples."""
-        one, two = (
-            self.predictions(each, seed)[["task", "split", "example", "label"]]
-            for each in (run, other)
-        )
-        return one.equals(two)
+        """Whether two runs were scored on the same examples; if not, it is said once."""
+        one, two = self.predictions(run, seed), self.predictions(other, seed)
+        if one is None or two is None:
+            return False
+        columns = ["task", "split", "example", "label"]
+        same = one[columns].equals(two[columns])
+        if not same:
+            what = f"{run} and {other}, seed {seed}: other examples or labels; not paired."
+            self.problems[what] = None
+        return same
+
+
+def over_seeds(differences: Mapping[int, float]) -> Difference | None:
+    """Of one difference a seed, × 100, by Student's t: for what has no predictions to draw from."""
+    if len(differences) < 2:
+        return None
+    values = [100 * each for each in differences.values()]
+    return Difference(mean(values), *seed_interval(values), tuple(differences))
 
 
 def spread(values: Sequence[float], factor: float = 100, digits: int = 1) -> str:

@@ -1,15 +1,15 @@
-"""The tables of a study's page, each a head and lines of cells, and the verdicts on the claims."""
+"""The tables of a study's page, each a head and lines of cells."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from statistics import mean
 from typing import Any
 
 import numpy as np
-from plan import QUESTIONS
-from study import TITLES, Difference, Study, area, spread
+from bootstrap import Array, score
+from plan import QUESTIONS, varied_runs
+from study import TITLES, Study, area, spread
 
 from osrm.glue import TASKS
 
@@ -37,20 +37,41 @@ def title(run: str) -> str:
 
 def main_table(study: Study) -> Table:
     """Average score of each row and start, mean ± standard deviation over the seeds."""
-    lines = [["", *(TITLES[start] for start in study.starts)]]
-    for row in study.rows:
-        cells = [spread([*study.values(start, row).values()]) for start in study.starts]
-        lines.append([row, *cells])
+    head, *lines = start_table(study, "average")
+    for name, choose in CONSTANTS.items():
+        middle = f"{100 * mean(constants(study, choose).values() or [0.0]):.1f}"
+        lines.append([name, *[middle] * len(study.starts), "–"])
     seeds = [str(len(study.records[start])) for start in study.starts]
-    return [*lines, ["seeds", *seeds], ["training, s", *seconds(study, study.starts)]]
+    training = ["training, s", *seconds(study, study.starts), "–"]
+    return [head, *lines, ["seeds", *seeds, "–"], training]
+
+
+def start_table(study: Study, what: str) -> Table:
+    """One value × 100 of each row and start, and the time that the merge takes."""
+    lines = [["", *(TITLES[start] for start in study.starts), "merge, s"]]
+    for row in study.rows:
+        cells = [spread([*study.values(start, row, what).values()]) for start in study.starts]
+        lines.append([row, *cells, merging(study, study.starts, [row])])
+    return lines
 
 
 def seconds(study: Study, runs: Iterable[str]) -> list[str]:
-    """Wall time of the training of all tasks, mean over the seeds."""
-    return [
-        f"{mean(each['training']['seconds'] for each in study.records[run].values()):.0f}"
-        for run in runs
-    ]
+    """Wall time of the training of all tasks, mean over the seeds; – of what is not trained."""
+    found = []
+    for run in runs:
+        records = study.records.get(run, {}).values()
+        times = [each["training"]["seconds"] for each in records if not each.get("transform")]
+        found.append(f"{mean(times):.0f}" if times else "–")
+    return found
+
+
+def merging(study: Study, runs: Iterable[str], rows: Iterable[str]) -> str:
+    """Wall time of merging all tasks with each of these methods, one after the other."""
+    times = []
+    for row in rows:
+        found = [t for run in runs for t in study.values(run, row, "merge_seconds").values()]
+        times += [mean(found)] if found else []
+    return f"{sum(times):.2g}" if times else "–"
 
 
 def scale_table(study: Study) -> Table:
@@ -62,41 +83,98 @@ def scale_table(study: Study) -> Table:
             " ".join(f"{scale:g}" for scale in study.scales(start, method)) or "–"
             for start in study.starts
         ]
-        times = [t for s in study.starts for t in study.values(s, method, "merge_seconds").values()]
-        lines.append([method, *cells, f"{mean(times):.1f}"])
+        lines.append([method, *cells, merging(study, study.starts, [method])])
     return lines
 
 
 def task_table(study: Study, row: str) -> Table:
     """Each task's score of one row; and of always the same answer, the most frequent one."""
-    record = next(iter(study.records[study.starts[0]].values()))
-    lines = [["", *record["tasks"]]]
+    found = {start: study.scores(start, row) for start in study.starts}
+    tasks = [task for task in TASKS if any(task in scores for scores in found.values())]
+    lines = [["", *tasks, "training, s"]]
+    for start, scores in found.items():
+        cells = [spread(scores.get(task, [])) for task in tasks]
+        lines.append([TITLES[start], *cells, *seconds(study, [start])])
+    for name, choose in CONSTANTS.items():
+        scores = constants(study, choose)
+        cells = [f"{100 * scores[task]:.1f}" if task in scores else "–" for task in tasks]
+        lines.append([name, *cells, "0"])
+    return lines
+
+
+def constants(study: Study, choose: Callable[[str, Array], float]) -> dict[str, float]:
+    """{task: the score of one answer to all examples, mean over the seeds of all starts}.
+
+    Args:
+        choose: of a task and its labels (examples,), that score.
+    """
+    found: dict[str, list[float]] = {}
     for start in study.starts:
-        found = study.scores(start, row)
-        lines.append([TITLES[start], *(spread(found[task]) for task in record["tasks"])])
-    return [*lines, ["always the same", *(f"{100 * v:.1f}" for v in majority(study).values())]]
+        for seed in study.records[start]:
+            table = study.predictions(start, seed)
+            if table is not None:
+                for task, part in table[table.split == ""].groupby("task", sort=False):
+                    found.setdefault(task, []).append(choose(task, part.label.to_numpy(float)))
+    return {task: mean(scores) for task, scores in found.items()}
 
 
-def majority(study: Study) -> dict[str, float]:
-    """{task: accuracy of the most frequent label; 0 where the score is a correlation}."""
-    start = study.starts[0]
-    seed, record = next(iter(study.records[start].items()))
-    predictions = study.predictions(start, seed)
-    found = {}
-    for task in record["tasks"]:
-        labels = predictions[(predictions.task == task) & (predictions.split == "")].label
-        ((_, count),) = Counter(labels).most_common(1)
-        found[task] = count / len(labels) if "accuracy" in TASKS[task].metrics else 0.0
-    return found
+def constant_score(task: str, answer: float, labels: Array) -> float:
+    """What the task's metrics give one answer; a constant has no correlation: 0."""
+    return float(score(task, np.full((1, len(labels)), answer), labels[None])[0])
+
+
+def most_frequent(task: str, labels: Array) -> float:
+    """The score of the most frequent label; of a regression 0, as of any constant."""
+    values, counts = np.unique(labels, return_counts=True)
+    return constant_score(task, values[counts.argmax()], labels)
+
+
+def best_constant(task: str, labels: Array) -> float:
+    """The score of the best constant: by F1 the rarer label may be it, as in qqp."""
+    return max(constant_score(task, value, labels) for value in np.unique(labels))
+
+
+CONSTANTS = {"most frequent label": most_frequent, "best constant": best_constant}
 
 
 def difference_table(study: Study) -> Table:
     """Paired differences × 100 with their 95 % intervals."""
     pairs = [pair for pair in PAIRS if set(pair) <= {*study.starts}]
-    lines = [["", *(f"{TITLES[a]} − {TITLES[b]}" for a, b in pairs)]]
+    lines = [["", *(f"{title(a)} − {title(b)}" for a, b in pairs), "merge, s"]]
     for row in study.rows:
         cells = [study.difference(*pair, row) for pair in pairs]
-        lines.append([row, *(str(cell or "–") for cell in cells)])
+        time = merging(study, study.starts, [row])
+        lines.append([row, *(str(cell or "–") for cell in cells), time])
+    return lines
+
+
+def contrasts(question: str) -> list[tuple[str, str]]:
+    """What a question compares: each variation with the plain run, and each start with LoRA.
+
+    Other numbers of tasks are other examples, so only the starts are compared there. What LoRA
+    does not depend on, such as the features, is compared with its plain run.
+    """
+    asked, found = QUESTIONS[question], []
+    for run in varied_runs(question):
+        start, _, variation = run.partition("+")
+        if variation and "subsets" not in asked:
+            found.append((run, start))
+        if start != "gaussian":
+            varies = variation and "gaussian" in asked["starts"]
+            found.append((run, f"gaussian+{variation}" if varies else "gaussian"))
+    return found
+
+
+def contrast_table(study: Study, question: str) -> Table:
+    """The paired differences of one question, and what task arithmetic's interval tells."""
+    lines = [["", "seeds", "single task", "task arithmetic", "TIES", "EMR", "task arithmetic is"]]
+    for run, other in contrasts(question):
+        cells = [study.difference(run, other, row) for row in ("individual", *METHODS)]
+        judged_by = cells[1]
+        seeds = str(len(judged_by.seeds)) if judged_by else "–"
+        verdict = judged_by.sign if judged_by else "not run yet"
+        name = f"{title(run)} − {title(other)}"
+        lines.append([name, seeds, *(str(cell or "–") for cell in cells), verdict])
     return lines
 
 
@@ -111,29 +189,36 @@ def rate_table(rates: dict[str, Any]) -> Table:
 
 
 def area_table(study: Study) -> Table:
-    """Mean height of the curve of the held-out average against λ, and its best value."""
-    lines = [["", *(f"{method}, {what}" for method in METHODS[:2] for what in ("area", "best"))]]
+    """Mean height of the curve of the held-out average against λ, its best value, their ratio."""
+    measures: dict[str, Callable[[list[float], list[float]], float]] = {
+        "area": area,
+        "best": lambda grid, scores: max(scores),
+        "area / best": lambda grid, scores: area(grid, scores) / max(scores),
+    }
+    head = [f"{method}, {what}" for method in METHODS[:2] for what in measures]
+    lines = [["", *head, "training, s"]]
     for start in study.starts:
-        cells = []
-        for method in METHODS[:2]:
-            found = curves(study, start, method)
-            cells.append(spread([area(grid, scores) for grid, scores in found]))
-            cells.append(spread([max(scores) for _, scores in found]))
-        lines.append([TITLES[start], *cells])
+        cells = [
+            spread([measure(*curve) for curve in curves(study, start, method).values()])
+            for method in METHODS[:2]
+            for measure in measures.values()
+        ]
+        lines.append([TITLES[start], *cells, *seconds(study, [start])])
     return lines
 
 
-def curves(study: Study, run: str, method: str) -> list[tuple[list[float], list[float]]]:
-    """(grid of λ, held-out averages) of every seed."""
-    found = [each["search"].get(method) for each in study.records[run].values()]
-    return [(each["grid"], each["average"]) for each in found if each]
+def curves(study: Study, run: str, method: str) -> dict[int, tuple[list[float], list[float]]]:
+    """{seed: (grid of λ, held-out averages)}."""
+    records = study.records.get(run, {}).items()
+    found = {seed: each["search"].get(method) for seed, each in records}
+    return {seed: (each["grid"], each["average"]) for seed, each in found.items() if each}
 
 
 def run_table(study: Study, runs: Sequence[str]) -> Table:
     """A line a run: scores, what A meets before training, how far it drifts, time."""
     head = ["", "seeds", "single task", "task arithmetic", "TIES", "EMR"]
     head += ["A: own energy", "A: others'", "overlap", "drift of A", "shift, own", "shift, others"]
-    head += ["error, merged"]
+    head += ["error, merged", "merges, s"]
     lines = [[*head, "training, s"]]
     for run in runs:
         if run not in study.records:
@@ -145,7 +230,8 @@ def run_table(study: Study, runs: Sequence[str]) -> Table:
             spread([v for r in records if (v := measure(r)) is not None], factor, digits)
             for measure, factor, digits in MEASURES
         ]
-        lines.append([title(run), str(len(records)), *scores, *inner, *seconds(study, [run])])
+        times = [merging(study, [run], METHODS), *seconds(study, [run])]
+        lines.append([title(run), str(len(records)), *scores, *inner, *times])
     return lines
 
 
@@ -170,9 +256,10 @@ def drift(record: dict[str, Any]) -> float | None:
     return known_mean(np.array(record["interference"]["drift"], dtype=float))
 
 
-def merge_error(record: dict[str, Any]) -> float:
+def merge_error(record: dict[str, Any]) -> float | None:
     """‖(M − ΔW) Xᵀ‖ / ‖W0 Xᵀ‖ of the task-arithmetic merge M, mean over the tasks."""
-    return mean(record["interference"]["error"]["task_arithmetic"])
+    found = record["interference"]["error"].get("task_arithmetic")
+    return mean(found) if found else None
 
 
 MEASURES = [
@@ -190,120 +277,13 @@ def size_table(study: Study) -> Table:
     """Normalised average × 100 against the number of merged tasks."""
     asked = QUESTIONS["tasks"]
     endings = {f"+{name}": str(count) for name, count in asked["subsets"].items()} | {"": "all"}
-    lines = [["", *(f"{method}, {n}" for method in METHODS[:2] for n in endings.values())]]
+    head = [f"{method}, {n}" for method in METHODS[:2] for n in endings.values()]
+    lines = [["", *head, "training, s"]]
     for start in asked["starts"]:
         cells = [
             spread([*study.values(start + end, method, "normalised_average").values()])
             for method in METHODS[:2]
             for end in endings
         ]
-        lines.append([TITLES[start], *cells])
+        lines.append([TITLES[start], *cells, *seconds(study, [start])])
     return lines
-
-
-def claim_table(study: Study) -> Table:
-    """The paper's claims beside what was measured, and whether they show."""
-    lines = [["claim", "known of the paper", "measured here", "verdict"]]
-    for claim, known, (measured, verdict) in (
-        (
-            "merging from OSRM's start beats LoRA's, task arithmetic",
-            "RoBERTa-large +6.55 (70.04 → 76.59)",
-            judged(study.difference("analytical", "gaussian", "task_arithmetic")),
-        ),
-        (
-            "the same with RegMean",
-            "T5-large +3.76",
-            judged(study.difference("analytical", "gaussian", "regmean")),
-        ),
-        *(
-            (
-                f"the same with {method}",
-                "–",
-                judged(study.difference("analytical", "gaussian", method)),
-            )
-            for method in ("ties", "fisher", "emr")
-        ),
-        (
-            "its directions are the reason, not its norm: ahead of LoRA at norm 1",
-            "–",
-            judged(study.difference("analytical", "gaussian-norm1", "task_arithmetic")),
-        ),
-        (
-            "and ahead of random directions",
-            "–",
-            judged(study.difference("analytical", "orthogonal", "task_arithmetic")),
-        ),
-        ("single-task scores within 1 %", "within 1 %", kept_within(study, 1.0)),
-        ("more robust to λ: a larger area under its curve", "yes", robust(study)),
-        ("the advantage grows with the number of tasks", "yes", grows(study)),
-        (
-            "the advantage shrinks with the size of the model",
-            "yes",
-            ("one model a study", "cannot be tested here"),
-        ),
-        (
-            "ours: the contrastive start is ahead of OSRM's, task arithmetic",
-            "–",
-            judged(study.difference("contrastive", "analytical", "task_arithmetic")),
-        ),
-    ):
-        lines.append([claim, known, measured, verdict])
-    return lines
-
-
-MISSING = ("–", "not run yet")
-
-
-def judged(difference: Difference | None) -> tuple[str, str]:
-    """The difference × 100 with its interval, and the verdict."""
-    return (str(difference), difference.verdict) if difference else MISSING
-
-
-def kept_within(study: Study, share: float) -> tuple[str, str]:
-    """Are OSRM's single-task scores at most `share` % below LoRA's?"""
-    found = study.difference("analytical", "gaussian", "individual")
-    if found is None:
-        return MISSING
-    allowed = share * mean(study.values("gaussian", "individual").values())
-    verdict = "shows here" if found.low > -allowed else "undecided here"
-    return (
-        f"{found}, allowed {-allowed:.2f}",
-        "does not show here" if found.high < -allowed else verdict,
-    )
-
-
-def robust(study: Study) -> tuple[str, str]:
-    """Is the area under OSRM's curve larger than under LoRA's, in every seed?"""
-    found = {
-        start: {
-            seed: area(each["search"]["task_arithmetic"]["grid"], curve["average"])
-            for seed, each in study.records.get(start, {}).items()
-            if (curve := each["search"].get("task_arithmetic"))
-        }
-        for start in ("analytical", "gaussian")
-    }
-    return by_seed(found["analytical"], found["gaussian"])
-
-
-def grows(study: Study) -> tuple[str, str]:
-    """Is OSRM's advantage in the normalised average larger for all tasks than for the fewest?"""
-    few = next(iter(QUESTIONS["tasks"]["subsets"]))
-    advantage: list[dict[int, float]] = []
-    for end in ("", f"+{few}"):
-        ours, theirs = (
-            study.values(start + end, "task_arithmetic", "normalised_average")
-            for start in ("analytical", "gaussian")
-        )
-        advantage.append({seed: ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()})
-    return by_seed(*advantage)
-
-
-def by_seed(first: dict[int, float], second: dict[int, float]) -> tuple[str, str]:
-    """The paired differences × 100 of every seed; all of one sign is a verdict."""
-    found = [100 * (first[seed] - second[seed]) for seed in sorted(first.keys() & second.keys())]
-    if len(found) < 2:
-        return MISSING
-    text = f"{mean(found):+.1f} (by seed: {', '.join(f'{each:+.1f}' for each in found)})"
-    if min(found) > 0:
-        return text, "shows here"
-    return text, "does not show here" if max(found) < 0 else "undecided here"

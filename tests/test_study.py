@@ -17,10 +17,11 @@ from tests.test_readme import ROOT
 
 sys.path.insert(0, str(ROOT / "reproduce"))
 
+import claims
 import report
 import tables
-from bootstrap import example_resamples, interval, score
-from study import Difference, Study, area
+from bootstrap import example_resamples, interval, score, seed_interval
+from study import Difference, Study, area, over_seeds
 
 N, NAMES = 60, ["mrpc", "cola", "stsb"]
 ROWS = ["pre-trained", "individual", "task_arithmetic", "ties", "emr"]
@@ -120,14 +121,41 @@ def test_the_area_under_a_straight_line_is_its_middle():
     ],
 )
 def test_a_difference_is_judged_by_its_interval(low, high, verdict):
-    assert Difference((low + high) / 2, low, high, (1,)).verdict == verdict
+    assert Difference((low + high) / 2, low, high, (1, 2)).verdict == verdict
+    alone = Difference((low + high) / 2, low, high, (1,))
+    assert alone.verdict == "undecided here" and str(alone).endswith("one seed")
 
 
-def test_seeds_that_agree_are_a_verdict():
-    assert tables.by_seed({1: 0.3, 2: 0.4}, {1: 0.1, 2: 0.3})[1] == "shows here"
-    assert tables.by_seed({1: 0.1, 2: 0.2}, {1: 0.2, 2: 0.3})[1] == "does not show here"
-    assert tables.by_seed({1: 0.3, 2: 0.2}, {1: 0.2, 2: 0.3})[1] == "undecided here"
-    assert tables.by_seed({1: 0.3}, {1: 0.2}) == tables.MISSING
+@pytest.mark.parametrize(
+    "low, high, verdict",
+    [
+        (-0.9, 0.5, "shows here"),
+        (-3, 0.5, "undecided here"),
+        (-3, -1.1, "does not show here"),
+    ],
+)
+def test_no_worse_than_a_bound(low, high, verdict):
+    assert Difference((low + high) / 2, low, high, (1, 2)).above(-1) == verdict
+
+
+@pytest.mark.parametrize(
+    "low, high, sign",
+    [(0.1, 2, "higher"), (-2, -0.1, "lower"), (-1, 1, "undecided"), (0, 0, "equal")],
+)
+def test_a_comparison_that_claims_nothing_says_which_is_higher(low, high, sign):
+    assert Difference((low + high) / 2, low, high, (1, 2)).sign == sign
+
+
+def test_the_interval_of_one_value_a_seed_is_students():
+    values = np.random.default_rng(0).normal(size=(4000, 3))
+    covers = [low <= 0 <= high for low, high in map(seed_interval, values)]
+    assert mean(covers) == pytest.approx(0.95, abs=0.015)
+    found = over_seeds({1: 0.01, 2: 0.02, 3: 0.03})
+    assert found is not None and found.mean == pytest.approx(2) and found.seeds == (1, 2, 3)
+    assert found.high - found.mean == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+    assert over_seeds({1: 0.01}) is None
+    # Three seeds that agree are no verdict yet: a quarter of all null effects do.
+    assert claims.judged(found)[1] == "undecided here"
 
 
 # -- the page ----------------------------------------------------------------------------------
@@ -195,6 +223,7 @@ def results(tmp_path) -> Path:
     for seed in (1, 2, 3):
         for run, quality in (("gaussian", 0.6), ("analytical", 0.9), ("contrastive", 0.9)):
             write_run(tmp_path / "mine", run, seed, quality)
+        write_run(tmp_path / "mine", "analytical+k10", seed, 0.6)
         write_run(tmp_path / "mine", "gaussian+2tasks", seed, 0.6, NAMES[:2])
         write_run(tmp_path / "mine", "analytical+2tasks", seed, 0.6, NAMES[:2])
     return tmp_path / "mine"
@@ -205,13 +234,16 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.outside, self.silent, self.images = [], 0, 0
+        self.outside, self.links, self.silent, self.images = [], [], 0, 0
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         given = dict(attrs)
+        self.links += [given["href"]] if tag == "a" else []
         self.outside += [
-            v for k, v in given.items() if k in ("src", "href") and not v.startswith("data:")
+            v
+            for k, v in given.items()
+            if (k == "src" or (k == "href" and tag != "a")) and not v.startswith("data:")
         ]
         self.images += tag == "img"
         self.silent += tag == "img" and not given.get("alt")
@@ -227,6 +259,8 @@ def test_the_page_needs_nothing_else_and_says_what_its_pictures_show(results):
     html, text = write_page(results)
     page = Page(html)
     assert not page.outside and not page.silent and page.images == 4
+    assert page.links and all((results / link).is_file() for link in page.links)
+    assert "url(" not in html and "@import" not in html
     for name in re.findall(r"!\[.*\]\((.*)\)", text):
         assert (results / name).read_bytes().startswith(b"\x89PNG")
     assert "some-model" in html and "viewport" in html and "@media print" in html
@@ -235,8 +269,8 @@ def test_the_page_needs_nothing_else_and_says_what_its_pictures_show(results):
 def test_every_number_of_the_main_table_follows_from_the_records(results):
     study = Study(results)
     head, *lines = tables.main_table(study)
-    assert head == ["", "LoRA", "OSRM", "contrastive (ours)"]
-    for row, cells in ((line[0], line[1:]) for line in lines[: len(ROWS)]):
+    assert head == ["", "LoRA", "OSRM", "contrastive (ours)", "merge, s"]
+    for row, cells in ((line[0], line[1:-1]) for line in lines[: len(ROWS)]):
         for start, cell in zip(("gaussian", "analytical", "contrastive"), cells, strict=True):
             averages = []
             for seed in (1, 2, 3):
@@ -244,27 +278,80 @@ def test_every_number_of_the_main_table_follows_from_the_records(results):
                 (found,) = (each for each in record["rows"] if each["name"] == row)
                 averages.append(100 * mean(found["scores"].values()))
             assert cell == f"{mean(averages):.1f} ± {stdev(averages):.1f}"
-    assert lines[-2:] == [["seeds", "3", "3", "3"], ["training, s", "12", "12", "12"]]
+    assert [line[-1] for line in lines[: len(ROWS)]] == ["–", "–", "1", "1", "1"]
+    assert [line[0] for line in lines[len(ROWS) : -2]] == [*tables.CONSTANTS]
+    assert lines[-2:] == [["seeds", "3", "3", "3", "–"], ["training, s", "12", "12", "12", "–"]]
+
+
+def test_what_was_not_trained_has_no_training_time(results):
+    write_run(results, "gaussian+nullify", 1, 0.6)
+    path = results / "gaussian+nullify" / "1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"transform": "nullify"}))
+    runs = ["gaussian", "gaussian+nullify", "gaussian+project"]
+    assert tables.seconds(Study(results), runs) == ["12", "–", "–"]
+
+
+def test_a_variation_is_compared_with_the_plain_run_and_with_lora(results):
+    _, *lines = tables.contrast_table(Study(results), "samples")
+    found = {line[0]: line for line in lines}
+    plain, lora = "OSRM, k10 − OSRM", "OSRM, k10 − LoRA"
+    assert found[plain][1] == "3" and found[plain][-1] == "lower"
+    assert found[lora][-1] == "undecided", "two arms of the same quality"
+    assert found["OSRM, k1 − OSRM"][1:] == ["–"] * 5 + ["not run yet"]
+    names = [pair for pair in tables.contrasts("rank") if pair[0] == "analytical+rank2"]
+    assert names == [("analytical+rank2", "analytical"), ("analytical+rank2", "gaussian+rank2")]
+    assert ("analytical+2tasks", "analytical") not in tables.contrasts("tasks")
 
 
 def test_claims_are_judged_by_what_is_there(results):
-    found = {line[0]: line for line in tables.claim_table(Study(results))}
-    (first,) = (line for claim, line in found.items() if "beats LoRA's" in claim)
+    found = {line[0]: line for line in claims.claim_table(Study(results))}
+    first = found["OSRM's start beats LoRA's, task_arithmetic"]
     assert first[3] == "shows here" and first[2].startswith("+")
-    (missing,) = (line for claim, line in found.items() if "RegMean" in claim)
-    assert missing[2:] == [*tables.MISSING]
-    (ours,) = (line for claim, line in found.items() if "ours" in claim)
+    assert found["OSRM's start beats LoRA's, regmean"][2:] == [*claims.MISSING]
+    assert found["OSRM's start beats LoRA's, emr"][3] == "shows here"
+    (ours,) = (line for claim, line in found.items() if "(ours) beats OSRM's" in claim)
     assert ours[3] == "undecided here", "two arms of the same quality"
+    (kept,) = (line for claim, line in found.items() if "within 1 %" in claim)
+    assert kept[3] == "shows here" and kept[2].endswith("%")
 
 
-def test_the_answer_that_is_always_the_same(results):
+def test_the_relative_difference_is_that_of_every_seed(results):
     study = Study(results)
-    label = pd.read_parquet(results / "gaussian" / "1.parquet").query("task == 'mrpc'").label
-    assert tables.majority(study) == {
-        "mrpc": max(label.mean(), 1 - label.mean()),
-        "cola": 0.0,
-        "stsb": 0.0,
-    }
+    found = study.difference("analytical", "gaussian", "individual", relative=True)
+    ours, theirs = (study.values(run, "individual") for run in ("analytical", "gaussian"))
+    expected = mean(100 * (ours[seed] / theirs[seed] - 1) for seed in (1, 2, 3))
+    assert found is not None and found.mean == pytest.approx(expected)
+    assert found.low < found.mean < found.high
+
+
+def test_the_advantage_grows_by_the_slope_of_each_seed(results):
+    for seed, gain in ((1, 0.02), (2, 0.03), (3, 0.04)):
+        for run in ("analytical", "analytical+2tasks"):
+            path = results / run / f"{seed}.json"
+            record = json.loads(path.read_text())
+            for row in record["rows"]:
+                row["normalised_average"] += gain * len(record["tasks"])
+            path.write_text(json.dumps(record))
+    measured, _ = claims.grows(Study(results))
+    assert measured.startswith("+3.0 [+0.5, +5.5]")
+
+
+def test_a_constant_has_the_score_of_its_task():
+    labels = np.array([0.0, 0, 0, 1, 1])
+    assert tables.most_frequent("sst2", labels) == pytest.approx(0.6)
+    assert tables.most_frequent("qqp", labels) == pytest.approx(0.3), "no F1 of label 0"
+    assert tables.best_constant("qqp", labels) == pytest.approx((0.4 + 4 / 7) / 2)
+    for task in ("cola", "stsb"):
+        assert tables.most_frequent(task, labels) == tables.best_constant(task, labels) == 0
+
+
+def test_constants_are_averaged_over_the_seeds(results):
+    found = tables.constants(Study(results), tables.most_frequent)
+    expected = []
+    for seed in (1, 2, 3):
+        label = pd.read_parquet(results / "gaussian" / f"{seed}.parquet").query("task == 'mrpc'")
+        expected.append(tables.most_frequent("mrpc", label.label.to_numpy(float)))
+    assert found == {"mrpc": pytest.approx(mean(expected)), "cola": 0, "stsb": 0}
 
 
 def test_other_examples_are_not_paired(results):
@@ -272,15 +359,43 @@ def test_other_examples_are_not_paired(results):
     table = pd.read_parquet(path)
     table.loc[0, "label"] = 1 - table.label[0]
     table.to_parquet(path)
-    found = Study(results).difference("analytical", "gaussian", "ties")
+    study = Study(results)
+    found = study.difference("analytical", "gaussian", "ties")
     assert found is not None and found.seeds == (2, 3)
+    (said,) = study.problems
+    assert said.startswith("analytical and gaussian, seed 1: other examples or labels")
+
+
+def test_what_is_not_whole_is_said_and_left_out(results):
+    (results / "gaussian" / "1.json").write_text('{"run": "gauss')
+    (results / "analytical" / "2.parquet").unlink()
+    (results / "analytical" / "3.parquet").write_text("no parquet")
+    for path in results.glob("contrastive/*.parquet"):
+        path.unlink()
+    html, text = write_page(results)
+    for name in ("gaussian/1.json", "analytical/2.parquet", "analytical/3.parquet"):
+        assert f"{name} is not" in html and f"{name} is not" in text
+    assert Study(results).difference("analytical", "gaussian", "ties") is None
+
+
+def test_runs_that_differ_in_tasks_and_methods_give_a_page(tmp_path):
+    write_run(tmp_path / "mine", "gaussian", 1, 0.6, NAMES[:1])
+    write_run(tmp_path / "mine", "analytical", 2, 0.6)
+    path = tmp_path / "mine" / "gaussian" / "1.json"
+    record = json.loads(path.read_text())
+    record["rows"] = [row for row in record["rows"] if row["name"] != "task_arithmetic"]
+    record["search"], record["interference"]["error"] = {}, {}
+    path.write_text(json.dumps(record))
+    html, _ = write_page(tmp_path / "mine")
+    assert "not run yet" in html
 
 
 def test_one_run_alone_gives_a_page(tmp_path):
     write_run(tmp_path / "embedded", "orthogonal", 42, 0.7)
     html, _ = write_page(tmp_path / "embedded")
     assert "runs of this study are not there yet" in html and "analytical+k10/43" in html
-    assert "orthogonal/42" not in html and "not run yet" in html
+    assert html.count("orthogonal/42") == html.count('href="orthogonal/42.json"') > 0
+    assert "not run yet" in html
 
 
 def test_no_results_are_one_line(tmp_path):
