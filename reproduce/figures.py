@@ -130,6 +130,11 @@ def finish(figure: plt.Figure, path: Path) -> None:
     """One legend for both fields, and to disk."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, ncols=3, loc="outside upper center", fontsize=9)
+    found = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels())
+    }
+    style = {"frameon": False, "ncols": 3, "loc": "outside upper center", "fontsize": 9}
+    figure.legend([*found.values()], [*found], **style)
     save(figure, path)

@@ -82,7 +82,9 @@ def results(study: Study) -> list[Section]:
         Section(
             "Paired differences",
             "Of the average score × 100, by seed, with 95 % bootstrap intervals over seeds and"
-            " examples. A bootstrap over few seeds is too narrow rather than too wide.",
+            " examples. With few seeds they can be too narrow: in a simulation they covered the truth"
+            " in 74 % of studies of three seeds, 82 % of five, if only the seeds made noise, and in"
+            " 93 % and 95 % if the examples made as much.",
             (tables.difference_table(study),),
         ),
         Section(
@@ -153,7 +155,7 @@ def variation(study: Study, question: str) -> Section:
     return Section(
         f"Variation: {question}",
         f"{VARIED[question]}{note} Differences are paired by seed: the plain runs may have more"
-        " seeds than the variations.",
+        " seeds than the variations. Their intervals may be too narrow, see Paired differences.",
         (tables.run_table(study, asked), tables.contrast_table(study, question)),
         runs=(*needed,),
     )
@@ -298,17 +300,21 @@ def html_page(study: Study, parts: list[Section]) -> str:
     )
 
 
-def main() -> None:
+def write(directory: Path) -> None:
     """Read, compute, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("directory", type=Path, help="reproduce/results/<study>")
-    directory = parser.parse_args().directory
     study = Study(directory)
     if not study.starts:
         raise UserError(f"{directory}: no <start>/<seed>.json in it; run the study first")
     parts = sections(study)
     write_text(directory / "report.md", markdown_page(study, parts))
     write_text(directory / "report.html", html_page(study, parts))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path, help="reproduce/results/<study>")
+    write(parser.parse_args().directory)
 
 
 if __name__ == "__main__":

@@ -250,8 +250,7 @@ class Page(HTMLParser):
 
 
 def write_page(directory: Path) -> tuple[str, str]:
-    command = [sys.executable, "reproduce/report.py", str(directory)]
-    subprocess.run(command, cwd=ROOT, check=True)
+    report.write(directory)
     return tuple((directory / f"report.{end}").read_text() for end in ("html", "md"))
 
 
