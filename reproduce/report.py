@@ -82,9 +82,9 @@ def results(study: Study) -> list[Section]:
         Section(
             "Paired differences",
             "Of the average score × 100, by seed, with 95 % bootstrap intervals over seeds and"
-            " examples. With few seeds they can be too narrow: in a simulation they covered the truth"
-            " in 74 % of studies of three seeds, 82 % of five, if only the seeds made noise, and in"
-            " 93 % and 95 % if the examples made as much.",
+            " examples. With few seeds they can be too narrow: in a simulation they held the truth"
+            " in 74 % of studies of three seeds, 82 % of five, if only the seeds made noise, and"
+            " in 93 % and 95 % if the examples made as much.",
             (tables.difference_table(study),),
         ),
         Section(
@@ -169,7 +169,7 @@ def rates(study: Study) -> list[Section]:
     return [
         Section(
             "The rate of each start",
-            "Mean selection score × 100 on held-out data, with a seed that is not reported"
+            "Mean selection score × 100 on held-out data, with seeds that are not reported"
             f" (hparams/{path.name}).",
             (tables.rate_table(json.loads(path.read_text())),),
             short=False,

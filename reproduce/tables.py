@@ -180,11 +180,13 @@ def contrast_table(study: Study, question: str) -> Table:
 
 def rate_table(rates: dict[str, Any]) -> Table:
     """The mean selection score of each rate tried, and the rate chosen."""
-    tried = [*next(iter(rates.values()))["tried"]]
+    tried = [*dict.fromkeys(rate for found in rates.values() for rate in found["tried"])]
     lines = [["", *tried, "chosen"]]
     for start, found in rates.items():
-        scores = [f"{100 * found['tried'][rate]:.1f}" for rate in tried]
-        lines.append([TITLES[start], *scores, found["lr"]])
+        scores = [
+            spread([found["tried"][rate]] if rate in found["tried"] else []) for rate in tried
+        ]
+        lines.append([title(start), *scores, found["lr"]])
     return lines
 
 
