@@ -109,6 +109,8 @@ def layer_energies(study: Study, path: Path) -> None:
     }
     for axes, (title, mask) in zip(fields, chosen.items()):
         for start in study.starts:
+            if not all(mask(len(each["tasks"])).any() for each in study.records[start].values()):
+                continue  # one task alone has no others
             heights = [
                 [
                     np.nanmean(np.array(layer, dtype=float)[mask(len(layer))])
