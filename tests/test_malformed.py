@@ -484,6 +484,21 @@ def test_what_does_not_fit_the_base_is_refused_before_it_is_evaluated(
     refuse("merge.py", [*MERGE, "--data-dir", str(tiny_data)], ["second", *words])
 
 
+# Without scores a head may have any number of classes.
+UNFIT_TO_EXPORT = {name: UNFIT[name] for name in UNFIT if name != "head of three classes"}
+UNFIT_TO_EXPORT["no head"] = without_tensors("classifier"), ["classifier.dense", "train the head"]
+
+
+@pytest.mark.parametrize("case", UNFIT_TO_EXPORT)
+def test_what_does_not_fit_the_base_is_refused_before_it_is_merged_and_exported(
+    refuse, second, case
+):
+    damage, words = UNFIT_TO_EXPORT[case]
+    damage(second)
+    models('{"sst2": "second"}')(second)
+    refuse("merge.py", [*MERGE, "--no-eval", "--export", "model"], ["second", *words])
+
+
 def merge_without_evaluation() -> None:
     hparams = str(ROOT / "hparams/merge.json")
     run(MergeConfig("models.json", methods=["average"], hparams=hparams, no_eval=True))

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from osrm.backbones import find_backbone, load_model, load_tokenizer
-from osrm.checkpoints import Checkpoint, check_task, checksum, named_directories, read_checkpoint
+from osrm.checkpoints import (
+    Checkpoint,
+    check_fits,
+    check_task,
+    checksum,
+    named_directories,
+    read_checkpoint,
+)
 from osrm.config import MergeConfig, read_json
 from osrm.errors import UserError
 from osrm.export import export_adapters, export_model
@@ -88,6 +95,8 @@ def run(config: MergeConfig) -> None:
         from osrm.commands import scoring
 
         evaluation = scoring.prepare(config, inputs, methods)
+    elif "model" in config.export:
+        check_exportable(inputs)
     recipe = base_recipe(config, inputs)
     with staged(directory) as staging:
         search: dict[str, Search] = {}
@@ -238,6 +247,19 @@ def check_bases(checkpoints: Mapping[str, Checkpoint]) -> None:
             f"tasks '{first}' and '{second}' have different base models ({names[first]},"
             f" {names[second]}); only updates of one base can be merged"
         )
+
+
+def check_exportable(inputs: Inputs) -> None:
+    """Refuse an update or head that does not fit the base model, of which no weights are read.
+
+    Raises:
+        UserError: see `check_fits`; there is no such model.
+    """
+    backbone = find_backbone(inputs.backbone or "")
+    tokenizer = load_tokenizer(backbone)
+    for task, checkpoint in inputs.checkpoints.items():
+        model = load_model(backbone, inputs.labels[task], tokenizer, "auto", device="meta")
+        check_fits(checkpoint, model)
 
 
 def head_labels(task: str, checkpoint: Checkpoint, config: MergeConfig) -> tuple[str, ...]:
