@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.utils.data import Sampler
 from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
-from osrm.config import TrainConfig
+from osrm.config import TrainConfig, derive_seed
 from osrm.glue import GlueTask, TaskData, collator, task_metrics
 
 logger = logging.getLogger(__name__)
@@ -30,6 +33,34 @@ def enable_checkpointing(model: Any) -> None:
         model.get_base_model().gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
+
+
+class OrderOfEpoch(Sampler[int]):
+    """Examples of like length together, in an order that seed and epoch alone decide.
+
+    The Trainer's own takes the order from the global generator, whose state at the beginning of
+    an epoch is not known to a run that goes on from the middle of it.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.lengths = list(trainer.train_dataset["length"])
+
+    def __iter__(self) -> Iterator[int]:
+        arguments, epoch = self.trainer.args, int(self.trainer.state.epoch or 0)
+        generator = torch.Generator().manual_seed(derive_seed(arguments.seed, f"epoch {epoch}"))
+        step = arguments.train_batch_size * arguments.gradient_accumulation_steps
+        return iter(get_length_grouped_indices(self.lengths, step, generator=generator))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+class TaskTrainer(Trainer):
+    """The Trainer, with the order of `OrderOfEpoch`."""
+
+    def _get_train_sampler(self, _: Any = None) -> Sampler[int]:
+        return OrderOfEpoch(self)
 
 
 def fit(
@@ -85,7 +116,7 @@ def fit(
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         return task_metrics(task, prediction.predictions, prediction.label_ids)
 
-    trainer = Trainer(
+    trainer = TaskTrainer(
         model=model,
         args=arguments,
         train_dataset=data.train,
