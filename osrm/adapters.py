@@ -162,10 +162,16 @@ def write_head(model: PeftModel, head: Mapping[str, Tensor]) -> None:
         raise ValueError(f"the model has no {result.unexpected_keys}")
 
 
-def save_adapter(model: PeftModel, directory: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, the trained head in it."""
+def save_adapter(
+    model: PeftModel, directory: Path, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, the trained head in it.
+
+    Args:
+        state: the tensors, where those of `model` itself are only shards of them.
+    """
     # "auto" would ask the hub about the embeddings' size; LoRA does not touch them here.
-    model.save_pretrained(str(directory), save_embedding_layers=False)
+    model.save_pretrained(str(directory), save_embedding_layers=False, state_dict=state)
 
 
 def write_adapter(

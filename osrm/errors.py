@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import ClassVar
 
 
 class UserError(ValueError):
@@ -17,10 +20,27 @@ class UserError(ValueError):
     What does not print in it, such as a line break in the name of a file or tensor, is escaped.
     """
 
+    code: ClassVar[int] = 2
+    """What the script exits with."""
+
     def __str__(self) -> str:
         return "".join(
             each if each.isprintable() else repr(each)[1:-1] for each in super().__str__()
         )
+
+
+class Diverged(UserError):
+    """The training of a task came to a loss that is not finite; other tasks may have gone well."""
+
+    code = 3
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked for the end; the message says what is kept."""
+
+    def __init__(self, number: int, message: str = "") -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def first_line(error: Exception) -> str:
@@ -29,23 +49,40 @@ def first_line(error: Exception) -> str:
 
 
 def run_script(main: Callable[[], None]) -> int:
-    """Run `main`, its progress on stderr; bad input or a full disk is one line and exit code 2."""
+    """Run `main`, its progress on stderr, and return the exit code.
+
+    Bad input or a full disk is one line and code 2, a task that diverged 3, and SIGINT or SIGTERM
+    (which batch systems send before they kill) one line and 128 + the signal's number.
+    """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("osrm").setLevel(logging.INFO)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one reports
+        logging.getLogger("osrm").setLevel(logging.INFO)
     # Their warnings are about what every run does on purpose: a new head, a deprecated name
     # that PEFT still reads, retries while there is no hub.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         main()
+    except KeyboardInterrupt as error:
+        number = getattr(error, "number", signal.SIGINT)
+        kept = str(error) or "what was finished is kept"
+        problem, code = f"stopped by {signal.Signals(number).name}; {kept}", 128 + number
     except Exception as error:
         if isinstance(error, UserError):
-            problem = str(error)
+            problem, code = str(error), error.code
         elif os.strerror(errno.ENOSPC) in str(error):  # also in safetensors' own exception
-            problem = "the disk is full; free some space, or choose another --output-dir"
+            problem, code = "the disk is full; free some space, or choose another --output-dir", 2
         else:
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
-        return 2
-    return 0
+    else:
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
+    return code
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    raise Interrupted(number)

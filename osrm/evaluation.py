@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from osrm import processes
 from osrm.glue import GlueMetric, GlueTask, collator, predicted
 
 Predictions = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -21,10 +22,16 @@ Predictions = dict[str, tuple[np.ndarray, np.ndarray]]
 def predict(
     model: Any, dataset: Dataset, tokenizer: Any, batch_size: int, title: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (n, labels) and labels (n,) of a tokenised data set, in its order."""
+    """Logits (n, labels) and labels (n,) of a tokenised data set, in its order.
+
+    Several processes share the work, and each returns all of it.
+    """
     order = np.argsort(-np.asarray(dataset["length"]), kind="stable")  # least padding
+    count = processes.count()
+    # As many examples for each: a sharded model waits for all processes in every forward pass.
+    shares = np.resize(order, (-(-len(order) // count), count)).T
     loader = DataLoader(
-        dataset.select(order),
+        dataset.select(shares[processes.rank()]),
         batch_size=batch_size,
         collate_fn=collator(tokenizer),
     )
@@ -33,12 +40,16 @@ def predict(
     training = model.training
     model.eval()
     with torch.autocast(model.device.type, dtype=low, enabled=low is not None):
-        for batch in tqdm(loader, desc=title, unit="batch", leave=False):
+        for batch in tqdm(
+            loader, desc=title, unit="batch", leave=False, disable=not processes.is_first()
+        ):
             inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
             logits.append(model(**inputs).logits.float().cpu())
     model.train(training)
-    outputs = np.empty_like(torch.cat(logits).numpy())
-    outputs[order] = torch.cat(logits).numpy()
+    parts = processes.gathered(torch.cat(logits).numpy())
+    outputs = np.empty((len(order), parts[0].shape[1]), parts[0].dtype)
+    for share, part in zip(shares, parts, strict=True):
+        outputs[share] = part
     return outputs, np.asarray(dataset["labels"])
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from osrm import processes
 from osrm.config import EPSILON, derive_seed
 from osrm.embedded import cache_dir
 from osrm.errors import UserError, first_line
@@ -176,10 +177,10 @@ def over_processes(
     A process may lack some of them, or all. Few vectors are gathered, in the order of the
     processes; sums are added on `device`, which the process group must be able to reach.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if processes.count() == 1:
         return dict(totals), dict(leaders)
     sizes = {name: (total.count, total.data.shape[1]) for name, total in totals.items()}
-    known = _gathered((dict(leaders), sizes))
+    known = processes.gathered((dict(leaders), sizes))
     merged = {module: leader for each, _ in known for module, leader in each.items()}
     result = {}
     for name in dict.fromkeys(merged.values()):
@@ -187,19 +188,12 @@ def over_processes(
         count, d = sum(vectors for vectors, _ in parts), parts[0][1]
         own = totals.get(name) or Moment.of(torch.zeros(0, d, device=device))
         if count < d:
-            data = torch.cat(_gathered(own.data.cpu()))
+            data = torch.cat(processes.gathered(own.data.cpu()))
         else:
             data = own.gram
             dist.all_reduce(data)
         result[name] = Moment(count, data)
     return result, merged
-
-
-def _gathered(part: Any) -> list[Any]:
-    """The `part` of every process, in their order."""
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, part)
-    return parts
 
 
 def token_mask(batch: Any, inputs: Tensor) -> Tensor | None:
@@ -289,14 +283,17 @@ def task_features(
     """
 
     def write(path: Path) -> None:
-        shown = tqdm(batches, desc=f"features of {settings['task']}", unit="batch")
+        title = f"features of {settings['task']}"
+        shown = tqdm(batches, desc=title, unit="batch", disable=not processes.is_first())
         try:
             totals, leaders = collect(
                 model, modules, shown, settings["features"], settings["count_padding"]
             )
         except ValueError as error:
             raise UserError(f"features of '{settings['task']}': {error}") from None
-        FeatureFile.save(path, settings, totals, leaders)
+        if processes.is_first():
+            FeatureFile.save(path, settings, totals, leaders)
+        processes.barrier()
 
     if path is None:
         return cached(cache_path(settings, modules), FeatureFile, write)

@@ -19,7 +19,7 @@ from scipy.stats import pearsonr, spearmanr
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
-from osrm import embedded
+from osrm import embedded, processes
 from osrm.config import MINI_GLUE
 from osrm.errors import UserError, first_line
 from osrm.features import batches_by_length
@@ -383,10 +383,14 @@ def collator(tokenizer: Any, pad_to: int | None = None) -> Callable[[list[dict]]
 def feature_batches(
     encoded: Dataset, tokenizer: Any, batch_size: int, pad_to: int | None
 ) -> DataLoader:
-    """Tokenised examples as batches of the model's arguments without labels, of alike lengths."""
+    """Tokenised examples as batches of the model's arguments without labels, of alike lengths.
+
+    Of several processes each has its share of them.
+    """
+    batches = batches_by_length(encoded["length"][:], batch_size)
     return DataLoader(
         encoded.remove_columns("labels"),
-        batch_sampler=batches_by_length(encoded["length"][:], batch_size),
+        batch_sampler=batches[processes.rank() :: processes.count()],
         collate_fn=collator(tokenizer, pad_to),
     )
 

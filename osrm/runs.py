@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from osrm import processes
 from osrm.config import TrainConfig, read_json
 from osrm.errors import UserError
 from osrm.starts import STARTS
@@ -80,15 +85,24 @@ def environment() -> dict[str, Any]:
 
 
 def reset_peak_memory() -> None:
-    """Let the peak begin anew; only Linux can."""
+    """Let the peak begin anew; of resident memory only Linux can."""
     switch = Path("/proc/self/clear_refs")
     if os.access(switch, os.W_OK):
         switch.write_text("5")
+    if cuda := _cuda():
+        cuda.reset_peak_memory_stats()
 
 
 def peak_memory() -> float:
-    """Peak of this process's resident memory, in GiB."""
+    """Peak of the GPU's memory, if there is one, else of this process's resident memory, in GiB."""
+    if cuda := _cuda():
+        return cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _cuda() -> Any:
+    torch = sys.modules.get("torch")  # nothing is on a GPU before it is imported
+    return torch.cuda if torch and torch.cuda.is_available() else None
 
 
 def args_record(config: TrainConfig, task: str, **more: Any) -> dict[str, Any]:
@@ -125,13 +139,69 @@ def check_unfinished(directory: Path, resume: bool) -> bool:
     return True
 
 
+@contextmanager
+def locked(*directories: Path) -> Iterator[None]:
+    """Have these directories alone among all runs, and clear them of what killed runs left.
+
+    A run that dies holds its locks no longer. Of several processes the first has them for all.
+
+    Raises:
+        UserError: another run has one of them.
+    """
+    with ExitStack() as stack:
+        for directory in directories if processes.is_first() else ():
+            stack.enter_context(_locked(directory))
+        processes.barrier()
+        yield
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    path = directory.with_name(f".{directory.name}.lock")
+    new = [parent for parent in path.absolute().parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{directory}: another run is at work there; wait for it, or choose another"
+            " --output-dir"
+        ) from None
+    try:
+        _recover(directory)
+        yield
+    finally:
+        path.unlink()
+        lock.release()
+        with suppress(OSError):  # not empty: something was written
+            for parent in new:
+                parent.rmdir()
+
+
+def _recover(directory: Path) -> None:
+    """Undo what a run left half-done that was killed while it wrote into or beside `directory`."""
+    beside = re.compile(rf"\.{re.escape(directory.name)}\.\d+(\.old)?")
+    left = [path for path in directory.parent.iterdir() if beside.fullmatch(path.name)]
+    for path in left:
+        if path.suffix == ".old" and not directory.exists():
+            path.replace(directory)  # it was killed between the two steps of a replacement
+    for path in [*left, *directory.glob(".*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def write_args(directory: Path, args: dict[str, Any]) -> None:
-    """Write args.json, before the first step.
+    """Write args.json, before the first step; of several processes the first does.
 
     Raises:
         UserError: an interrupted run with other settings is there.
     """
     path = directory / ARGS
+    if not processes.is_first():
+        return
     if path.exists():
         before = read_json(path, "run directory")
         now = json.loads(json.dumps(args))

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from osrm import processes
 from osrm.errors import first_line
 
 logger = logging.getLogger(__name__)
@@ -76,13 +77,17 @@ def _checksum(
 def cached(path: Path, read: Callable[[Path], File], write: Callable[[Path], None]) -> File:
     """What `read` finds in a cache file, which `write` makes where it is lacking or damaged.
 
+    Several processes do the same: the first decides, and `write` is called in all or in none.
+
     Args:
         read: raises ValueError if the file is damaged.
     """
-    if path.exists():
+    found = None
+    if processes.is_first() and path.exists():
         try:
-            return read(path)
+            found = read(path)
         except ValueError as error:
             logger.warning("%s is damaged (%s); computing it again", path, error)
-    write(path)
-    return read(path)
+    if not processes.of_first(found is not None):
+        write(path)
+    return read(path) if found is None else found

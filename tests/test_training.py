@@ -8,18 +8,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from osrm.adapters import add_lora, read_adapter
 from osrm.backbones import find_backbone, load_model, load_tokenizer, projections
 from osrm.commands.train import train
 from osrm.config import TrainConfig
-from osrm.errors import UserError
 from osrm.evaluation import predict
 from osrm.glue import TASKS, tokenize
 from osrm.runs import run_dir
@@ -196,49 +190,11 @@ def test_a_finished_task_is_not_trained_again(tiny, tiny_data, tmp_path):
     assert (run_dir(config, "sst2") / "metrics.json").exists()
 
 
-class Interrupted(Exception):
-    pass
-
-
-class StopAfterTwoEpochs(TrainerCallback):
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if state.epoch and state.epoch >= 2:
-            raise Interrupted
-
-
-def test_an_interrupted_task_goes_on_and_ends_as_if_undisturbed(
-    tiny, tiny_data, tmp_path, monkeypatch
-):
-    settings = {"tasks": ["rte"], "epochs": 4, "init": "analytical"}
-    undisturbed = small(tiny, tiny_data, tmp_path / "a", **settings)
-    train(undisturbed)
-
-    def interrupted(**options):
-        return Trainer(**options, callbacks=[StopAfterTwoEpochs()])
-
-    config = small(tiny, tiny_data, tmp_path / "b", **settings)
-    monkeypatch.setattr("osrm.training.Trainer", interrupted)
-    with pytest.raises(Interrupted):
-        train(config)
-    monkeypatch.undo()
-    directory = run_dir(config, "rte")
-    assert (directory / "args.json").exists() and not (directory / "metrics.json").exists()
-    with pytest.raises(UserError, match=r"lr was 0.01, is 0.02"):
-        train(small(tiny, tiny_data, tmp_path / "b", **settings, lr=2e-2, resume=True))
-    train(small(tiny, tiny_data, tmp_path / "b", **settings, resume=True))
-    whole, again = (read_adapter(run_dir(each, "rte"))[0] for each in (undisturbed, config))
-    for name in whole:
-        assert torch.equal(whole[name].A, again[name].A)
-        assert torch.equal(whole[name].B, again[name].B)
-    log = json.loads((directory / "trainer_state.json").read_text())["log_history"]
-    assert [each["epoch"] for each in log if "eval_loss" in each] == [1, 2, 3, 4]
-
-
 def test_the_task_is_learnt(tiny, tmp_path):
     """The label of the tiny tasks is whether a word occurs: chance is not enough."""
     write_data(tmp_path / "data", ["sst2", "rte"], train=600, validation=100)
     config = small(
-        tiny, tmp_path / "data", tmp_path, tasks=["sst2"], init="analytical", epochs=4, lr=3e-2
+        tiny, tmp_path / "data", tmp_path, tasks=["sst2"], init="analytical", epochs=8, lr=2e-2
     )
     train(config)
     metrics = json.loads((run_dir(config, "sst2") / "metrics.json").read_text())

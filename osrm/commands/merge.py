@@ -32,6 +32,7 @@ from osrm.merging.regmean import condition
 from osrm.runs import (
     check_output,
     environment,
+    locked,
     peak_memory,
     reset_peak_memory,
     staged,
@@ -98,7 +99,7 @@ def run(config: MergeConfig) -> None:
     elif "model" in config.export:
         check_exportable(inputs)
     recipe = base_recipe(config, inputs)
-    with staged(directory) as staging:
+    with locked(directory), staged(directory) as staging:
         search: dict[str, Search] = {}
         merger = Merger(inputs, evaluation, recipe, staging)
         if source and "search" in source:

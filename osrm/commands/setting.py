@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import reduce
 from operator import add
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor
 from transformers import set_seed
 from transformers.integrations import get_available_reporting_integrations
 
+from osrm import processes
 from osrm.adapters import (
     add_lora,
     applied,
@@ -163,9 +166,14 @@ def check_loggers(report_to: str) -> None:
 
 
 def load_setting(plan: Plan) -> Setting:
-    """Tokenizer and data; all data is checked before any of it is used."""
+    """Tokenizer and data; all data is checked before any of it is used.
+
+    What accelerate or torchrun started as several processes is from here on connected.
+    """
     config = plan.config
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # One of several processes computes all starts while the others wait.
+    cpu = not torch.cuda.is_available()
+    device = PartialState(cpu=cpu, timeout=timedelta(hours=4)).device
     low = device.type == "cuda" and torch.cuda.is_bf16_supported()
     auto = "bfloat16" if low else "float32"
     if config.load_model_path:  # nothing is trained, and differences of weights must not be rounded
@@ -197,7 +205,8 @@ def prepare_starts(
     features = collect_features(setting, model) if needs_features(config) else {}
     if config.only_features or (config.load_model_path and config.transform == "nullify"):
         return features, {}  # no start is looked at
-    return features, start_factors(setting, model, tasks, features)
+    start = start_factors(setting, model, tasks, features) if processes.is_first() else {}
+    return features, processes.of_first(start)
 
 
 def collect_features(setting: Setting, model: Any) -> dict[str, FeatureFile]:
@@ -328,11 +337,20 @@ def finish(
     model: PeftModel,
     args: dict[str, Any],
     metrics: dict[str, float],
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Save adapter, dense model if asked for, card, and last of all metrics.json."""
+    """Save adapter, dense model if asked for, card, and last of all metrics.json.
+
+    Of several processes the first does so.
+
+    Args:
+        state: all tensors of a `model` that is sharded over the processes.
+    """
     directory = run_dir(setting.plan.config, task.name)
+    if not processes.is_first():
+        return
     with staged(directory / "adapter") as staging:
-        save_adapter(model, staging)
+        save_adapter(model, staging, state)
     publish(directory / "adapter", directory)
     if setting.plan.config.save_merged_model:
         save_dense(setting, task, directory)

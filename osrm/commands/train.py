@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from pathlib import Path
 
+import psutil
 from torch import Tensor
 
+from osrm import processes
 from osrm.adapters import save_adapter, write_factors
 from osrm.commands.setting import (
     Setting,
@@ -22,6 +25,7 @@ from osrm.commands.setting import (
 )
 from osrm.commands.transform import read_sources, transform
 from osrm.config import TrainConfig, derive_seed
+from osrm.errors import Diverged
 from osrm.features import FeatureFile
 from osrm.glue import TASKS, GlueTask
 from osrm.runs import (
@@ -29,24 +33,33 @@ from osrm.runs import (
     METRICS,
     check_output,
     check_unfinished,
+    locked,
+    peak_memory,
+    reset_peak_memory,
     run_dir,
     run_name,
     staged,
     write_args,
     write_json,
 )
-from osrm.training import fit
+from osrm.training import fit, full_state
 
 logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig) -> None:
-    """Run train_glue.py: plan, load, take features, then one task after the other."""
+    """Run train_glue.py: plan, load, take features, then one task after the other.
+
+    Raises:
+        Diverged: at the end, if a task did; the others are finished.
+    """
     plan = make_plan(config)
     if config.only_features:
         setting = load_setting(plan)
         collect_features(setting, setting.new_model(plan.tasks[0]))
-        logger.info("the features are in %s", config.feature_bank)
+        logger.info(
+            "the features are in %s; peak memory %.2f GiB", config.feature_bank, peak_memory()
+        )
         return
     check_output(Path(config.output_dir))
     todo = [
@@ -55,21 +68,43 @@ def train(config: TrainConfig) -> None:
     for task in plan.tasks:
         if task not in todo:
             logger.info("%s is finished: %s", task.name, run_dir(config, task.name))
+    diverged: list[str] = []
     if todo:
         setting = load_setting(plan)
-        sources = read_sources(setting) if config.load_model_path else {}
-        features, start = prepare_starts(setting, plan.tasks if sources else todo)
-        if sources:
-            transform(setting, todo, features, start, sources)
-        else:
-            energies = start_energies(features, start, plan.others)
-            for task in todo:
-                train_task(setting, task, features, start[task.name], energies.get(task.name, {}))
-    path = Path(config.output_dir) / f"load_model_path-{run_name(config)}.json"
-    directories = {name: run_dir(config, name) for name in TASKS}
-    finished = {name: str(at) for name, at in directories.items() if (at / METRICS).exists()}
-    write_json(path, finished)
-    logger.info("merge them with: python merge.py --load-model-path %s", path)
+        with locked(*(run_dir(config, task.name) for task in todo)):
+            diverged = work(setting, todo)
+    if processes.is_first():
+        path = Path(config.output_dir) / f"load_model_path-{run_name(config)}.json"
+        directories = {name: run_dir(config, name) for name in TASKS}
+        finished = {name: str(at) for name, at in directories.items() if (at / METRICS).exists()}
+        write_json(path, finished)
+        logger.info("merge them with: python merge.py --load-model-path %s", path)
+    if diverged:
+        raise Diverged("; ".join(diverged))
+
+
+def work(setting: Setting, todo: list[GlueTask]) -> list[str]:
+    """Train or transform `todo`; returns what was wrong with the tasks that diverged."""
+    plan = setting.plan
+    sources = read_sources(setting) if plan.config.load_model_path else {}
+    reset_peak_memory()
+    features, start = prepare_starts(setting, plan.tasks if sources else todo)
+    if sources:
+        transform(setting, todo, features, start, sources)
+        return []
+    energies = start_energies(features, start, plan.others) if processes.is_first() else {}
+    peak, since = peak_memory(), psutil.Process().create_time()
+    diverged = []
+    for task in todo:
+        more = {f"start_energy_{side}": each for side, each in energies.get(task.name, {}).items()}
+        more["peak_memory_features"] = peak
+        try:
+            train_task(setting, task, features, start[task.name], more, since)
+        except Diverged as error:
+            diverged.append(f"{task.name}: {error}")
+            logger.error("%s", diverged[-1])
+        since = time.time()
+    return diverged
 
 
 def train_task(
@@ -77,12 +112,14 @@ def train_task(
     task: GlueTask,
     features: dict[str, FeatureFile],
     start: dict[str, Tensor],
-    energies: dict[str, float],
+    more: dict[str, float],
+    since: float,
 ) -> None:
     """Train one task's adapter and head, score it, and leave it all in its run directory.
 
     Args:
-        energies: what `start_energies` found, for metrics.json.
+        more: what is known already, for metrics.json.
+        since: when the command, or the work on this task, began.
     """
     plan, config = setting.plan, setting.plan.config
     directory = run_dir(config, task.name)
@@ -91,7 +128,7 @@ def train_task(
     model = with_lora(setting, task, base, config.rank, config.alpha)
     write_factors(model, start)
     write_args(directory, args)
-    if not (directory / "init_model").exists():
+    if processes.is_first() and not (directory / "init_model").exists():
         with staged(directory / "init_model") as staging:
             save_adapter(model, staging)
     data = setting.tokenized(task)
@@ -100,6 +137,7 @@ def train_task(
         *(task.name, len(data.train), len(data.selection), len(data.validation[""])),
         *(plan.epochs[task.name], plan.lrs[task.name]),
     )
+    reset_peak_memory()
     trainer = fit(
         model,
         task,
@@ -111,12 +149,21 @@ def train_task(
         derive_seed(config.seed, task.name, "training"),
         directory / CHECKPOINTS,
     )
-    metrics = setting.score(task, model, data)
-    metrics |= {f"start_energy_{side}": energy for side, energy in energies.items()}
+    peak = peak_memory()
+    reset_peak_memory()
+    state = full_state(trainer)
+    metrics = setting.score(task, trainer.model_wrapped if state else model, data) | more
     metrics["train_samples"] = len(data.train)
-    metrics["train_runtime"] = trainer.state.log_history[-1]["train_runtime"]
     if trainer.state.best_metric is not None:
         metrics[f"selection_{task.select}"] = trainer.state.best_metric
-    trainer.state.save_to_json(str(directory / "trainer_state.json"))
-    finish(setting, task, model, args, metrics)
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    metrics |= {
+        "train_runtime": trainer.state.log_history[-1]["train_runtime"],
+        "seconds_to_first_step": trainer.first_step - since,
+        "peak_memory_training": peak,
+        "peak_memory_evaluation": peak_memory(),
+    }
+    if processes.is_first():
+        trainer.state.save_to_json(str(directory / "trainer_state.json"))
+    finish(setting, task, model, args, metrics, state)
+    if processes.is_first():
+        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)

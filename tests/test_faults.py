@@ -1,0 +1,211 @@
+"""Faults, each brought about: signals, kills, locks, a diverging loss. No work is lost or false."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+from osrm.commands.train import train
+from osrm.errors import Diverged, UserError, run_script
+from osrm.runs import locked, run_dir, staged, write_text
+from osrm.training import TaskTrainer
+from tests.test_training import small
+
+
+class SignalAt(TrainerCallback):
+    """What a batch system does before it kills."""
+
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 11], ids=["first", "last of an epoch", "next", "last"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_and_the_run_ends_as_if_undisturbed(
+    tiny, tiny_data, tmp_path, monkeypatch, capfd, step, number
+):
+    """Four steps an epoch; dropout and the order of the examples go on where they were."""
+    settings = {"tasks": ["rte"], "epochs": 3, "init": "analytical", "per_device_train_bsz": 16}
+    undisturbed = small(tiny, tiny_data, tmp_path / "a", **settings)
+    train(undisturbed)
+
+    def interrupted(signals, **options):
+        return TaskTrainer(signals, **options, callbacks=[SignalAt(step, number)])
+
+    config = small(tiny, tiny_data, tmp_path / "b", **settings)
+    monkeypatch.setattr("osrm.training.TaskTrainer", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    capfd.readouterr()
+    assert run_script(partial(train, config)) == 128 + number
+    assert f"error: stopped by {number.name}; --resume goes on" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.undo()
+    directory = run_dir(config, "rte")
+    assert (directory / "args.json").exists() and not (directory / "metrics.json").exists()
+    with pytest.raises(UserError, match=r"lr was 0.01, is 0.02"):
+        train(small(tiny, tiny_data, tmp_path / "b", **settings, lr=2e-2, resume=True))
+    train(small(tiny, tiny_data, tmp_path / "b", **settings, resume=True))
+    assert_same_runs(run_dir(undisturbed, "rte"), directory)
+    log = json.loads((directory / "trainer_state.json").read_text())["log_history"]
+    assert [each["epoch"] for each in log if "eval_loss" in each] == [1, 2, 3]
+
+
+def assert_same_runs(first: Path, second: Path) -> None:
+    """The same files with the same bytes, but for what was measured of time and memory."""
+    files = [sorted(str(each.relative_to(at)) for each in at.rglob("*")) for at in (first, second)]
+    assert files[0] == files[1]
+    for name in ("adapter_model.safetensors", "adapter_config.json", "init_model"):
+        for path in [first / name, *(first / name).glob("*.safetensors")]:
+            if path.is_file():
+                assert path.read_bytes() == (second / path.relative_to(first)).read_bytes()
+    found = [json.loads((at / "metrics.json").read_text()) for at in (first, second)]
+    assert deterministic(found[0]) == deterministic(found[1])
+
+
+def deterministic(metrics: dict[str, float]) -> dict[str, float]:
+    measured = ("train_runtime", "seconds_", "peak_memory_")
+    return {name: each for name, each in metrics.items() if not name.startswith(measured)}
+
+
+def test_the_same_command_twice_gives_the_same_bytes(tiny, tiny_data, tmp_path):
+    runs = []
+    for name in "ab":
+        config = small(tiny, tiny_data, tmp_path / name, tasks=["sst2"], init="contrastive")
+        train(config)
+        runs.append(run_dir(config, "sst2"))
+    assert_same_runs(*runs)
+
+
+def test_a_killed_checkpoint_is_not_gone_on_from(tiny, tiny_data, tmp_path, monkeypatch):
+    """Of a run that was killed while it saved, the checkpoint before counts."""
+    settings = {"tasks": ["rte"], "epochs": 3}
+    undisturbed = small(tiny, tiny_data, tmp_path / "a", **settings)
+    train(undisturbed)
+    config = small(tiny, tiny_data, tmp_path / "b", **settings)
+    saved = []
+
+    def killed(self, output_dir):
+        saved.append(Path(output_dir))
+        if len(saved) == 2:
+            (saved[1] / "adapter_model.safetensors").write_bytes(b"half")
+            raise SystemExit
+        return save_rng_state(self, output_dir)
+
+    save_rng_state = TaskTrainer._save_rng_state
+    monkeypatch.setattr(TaskTrainer, "_save_rng_state", killed)
+    with pytest.raises(SystemExit):
+        train(config)
+    monkeypatch.undo()
+    assert saved[1].exists()
+    train(small(tiny, tiny_data, tmp_path / "b", **settings, resume=True))
+    assert_same_runs(run_dir(undisturbed, "rte"), run_dir(config, "rte"))
+
+
+def test_a_loss_that_is_not_finite_stops_its_task_alone(tiny, tiny_data, tmp_path, monkeypatch):
+    """The step and the rate are named, the exit code says so, and the other tasks go on."""
+    step = Trainer.training_step
+
+    def poisoned(self, model, *args, **options):
+        if "rte" in self.args.output_dir and self.state.global_step == 2:
+            with torch.no_grad():
+                next(each for each in model.parameters() if each.requires_grad).fill_(torch.nan)
+        return step(self, model, *args, **options)
+
+    monkeypatch.setattr(Trainer, "training_step", poisoned)
+    config = small(tiny, tiny_data, tmp_path, tasks=["rte", "sst2"], epochs=2)
+    with pytest.raises(Diverged, match=r"^rte: the loss of step 3 is not finite.* 0\.01;"):
+        train(config)
+    assert Diverged.code == 3
+    assert not (run_dir(config, "rte") / "metrics.json").exists()
+    assert (run_dir(config, "sst2") / "metrics.json").exists()
+    (paths,) = tmp_path.glob("load_model_path-*.json")
+    assert [*json.loads(paths.read_text())] == ["sst2"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from osrm.runs import locked
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_in_the_same_directory_refuses_until_the_first_is_dead(tmp_path):
+    directory = tmp_path / "out" / "run"
+    first = subprocess.Popen([sys.executable, "-c", HOLD, directory], stdout=subprocess.PIPE)
+    assert first.stdout.readline() == b"locked\n"
+    with (
+        pytest.raises(UserError, match=r"run: another run is at work there; wait"),
+        locked(directory),
+    ):
+        pass
+    with locked(directory.with_name("another")):
+        pass
+    first.kill()
+    first.wait()
+    assert directory.with_name(".run.lock").exists()
+    with locked(directory):
+        pass
+    assert not directory.with_name(".run.lock").exists()
+
+
+def test_a_lock_leaves_nothing_behind(tmp_path):
+    with pytest.raises(RuntimeError), locked(tmp_path / "a" / "b" / "run", tmp_path / "a" / "run"):
+        raise RuntimeError
+    assert [*tmp_path.iterdir()] == []
+    (tmp_path / "a").mkdir()
+    with locked(tmp_path / "a" / "run"):
+        pass
+    assert [*tmp_path.iterdir()] == [tmp_path / "a"]
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_replacement_that_is_killed_leaves_the_old_or_the_new(tmp_path, monkeypatch, renames):
+    """Killed before the first of its renames, between them, or after both."""
+    directory = tmp_path / "merged"
+    for content in ("old", "new"):
+        left = [renames if content == "new" else 2]
+
+        def replace(self, target, left=left):
+            if not left[0]:
+                os._exit(0)
+            left[0] -= 1
+            self.rename(target)
+
+        child = os.fork()
+        if child == 0:
+            monkeypatch.setattr(Path, "replace", replace)
+            monkeypatch.setattr("shutil.rmtree", lambda *_, **__: os._exit(0))
+            with staged(directory) as staging:
+                (staging / "file").write_text(content)
+            os._exit(0)
+        os.waitpid(child, 0)
+    with locked(directory):
+        assert (directory / "file").read_text() == ("new" if renames == 2 else "old")
+    assert [*tmp_path.iterdir()] == [directory]
+
+
+def test_what_a_killed_run_left_is_cleared_but_no_file_of_others(tmp_path):
+    directory = tmp_path / "run"
+    write_text(directory / "args.json", "{}")
+    for name in (".args.json.123", ".adapter.123/part"):
+        write_text(directory / name, "half")
+    for name in (".run.77/part", ".run.5.77/part", ".running/part", ".run.5.lock"):
+        write_text(tmp_path / name, "")
+    with locked(directory):
+        assert [*directory.iterdir()] == [directory / "args.json"]
+        names = sorted(path.name for path in tmp_path.iterdir())
+        assert names == [".run.5.77", ".run.5.lock", ".run.lock", ".running", "run"]
