@@ -69,7 +69,11 @@ class OrderOfEpoch(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         arguments, epoch = self.trainer.args, int(self.trainer.state.epoch or 0)
         generator = torch.Generator().manual_seed(derive_seed(arguments.seed, f"epoch {epoch}"))
-        step = arguments.train_batch_size * arguments.gradient_accumulation_steps
+        step = (
+            arguments.train_batch_size
+            * arguments.gradient_accumulation_steps
+            * arguments.world_size
+        )
         return iter(get_length_grouped_indices(self.lengths, step, generator=generator))
 
     def __len__(self) -> int:
@@ -85,6 +89,9 @@ class TaskTrainer(Trainer):
 
     def __init__(self, signals: list[int], **options: Any) -> None:
         super().__init__(**options)
+        # The losses are means over a batch, also of models that accept what they do not heed: the
+        # Trainer would add up accumulated batches, and multiply by the number of processes.
+        self.model_accepts_loss_kwargs = False
         self.finite = torch.tensor(True)
         self.first_step = time.time()
         self.add_callback(EndOfStep(self, signals))

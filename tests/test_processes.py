@@ -1,0 +1,180 @@
+"""Several processes on the CPU (gloo), started by torchrun and accelerate: the same as one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from osrm.commands.train import train
+from osrm.config import TrainConfig
+from osrm.features import read_bank
+from osrm.runs import run_dir
+from tests.conftest import CONFIGS, ROOT, make_tokenizer, write_data
+from tests.test_training import small
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+    "fsdp": [
+        *("accelerate.commands.launch", "--config_file", "hparams/fsdp.yaml"),
+        *("--num_processes", "2", "tests/fsdp_on_cpu.py"),
+    ],
+}
+FLAGS = (
+    "--tasks rte sst2 --rank 2 --alpha 4 --lr 1e-2 --init analytical --per-device-eval-bsz 10"
+    " --per-device-train-bsz 8"
+)
+
+
+@pytest.fixture(scope="module")
+def still(tmp_path_factory) -> dict[str, Path]:
+    """Tiny models without dropout, whose random numbers each process has of its own."""
+    found = {}
+    for family in ("roberta", "llama"):
+        same = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        config = type(CONFIGS[family])(**CONFIGS[family].to_dict() | same)
+        torch.manual_seed(0)
+        found[family] = tmp_path_factory.mktemp(family) / f"tiny-{family}"
+        AutoModel.from_config(config).save_pretrained(found[family])
+        make_tokenizer(family).save_pretrained(found[family])
+    return found
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """144 training examples: nine steps of sixteen, of which two processes have eight each."""
+    folder = tmp_path_factory.mktemp("data")
+    return write_data(folder, ["rte", "sst2", "stsb"], train=160, validation=25)
+
+
+def start(launcher: str, script: Path | str, flags: list[str], cache: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OSRM_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-m", *LAUNCHERS[launcher], str(script), *map(str, flags)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+
+
+def flags(backbone: Path, data: Path, out: Path) -> list[str]:
+    return [*FLAGS.split(), "--backbone", backbone, "--data-dir", data, "--output-dir", out]
+
+
+@pytest.mark.parametrize("family", ["roberta", "llama"])
+def test_two_processes_find_the_features_of_one(family, still, data, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(small(still, data, tmp_path, family, only_features=True, feature_bank=str(one)))
+    more = [*flags(still[family], data, tmp_path), "--only-features", "--feature-bank", two]
+    process = start("torchrun", "train_glue.py", more, tmp_path / "cache")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    banks = [read_bank(path) for path in (one, two)]
+    assert banks[0].keys() == banks[1].keys() == {"rte", "sst2", "stsb"}
+    for task, file in banks[0].items():
+        for module, moment in file.items():
+            own, other = moment.gram, banks[1][task][module].gram
+            assert (own - other).norm() < 1e-5 * own.norm()
+
+
+@pytest.mark.parametrize(
+    "launcher, family", [("torchrun", "roberta"), ("accelerate", "llama"), ("fsdp", "llama")]
+)
+def test_two_processes_train_as_one(launcher, family, still, data, tmp_path):
+    """The same steps and scores; adapters up to what Adam makes of rounding."""
+    bank = tmp_path / "bank"  # or rounding would choose A in a null space
+    settings = {"init": "analytical", "per_device_train_bsz": 16, "feature_bank": str(bank)}
+    one = small(still, data, tmp_path / "one", family, **settings)
+    train(one)
+    more = [*flags(still[family], data, tmp_path / "two"), "--epochs", 2, "--feature-bank", bank]
+    process = start(launcher, "train_glue.py", more, tmp_path / "cache")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert output.count("merge them with") == 1  # one process reports
+
+    assert_as_one(one, small(still, data, tmp_path / "two", family, **settings))
+
+
+@pytest.mark.parametrize("family", ["roberta", "llama"])
+def test_two_accumulated_batches_are_as_one(family, still, data, tmp_path):
+    one = small(still, data, tmp_path / "one", family)
+    halves = {"per_device_train_bsz": 8, "grad_accumlate_steps": 2}
+    two = small(still, data, tmp_path / "two", family, **halves)
+    for config in (one, two):
+        train(config)
+    assert_as_one(one, two)
+
+
+def assert_as_one(one: TrainConfig, two: TrainConfig) -> None:
+    """The runs have the same files, steps and scores, and nearly the same adapters."""
+    for task in ("rte", "sst2"):
+        runs = [run_dir(each, task) for each in (one, two)]
+        begun, *ended = (
+            load_file(at / "adapter_model.safetensors") for at in (runs[0] / "init_model", *runs)
+        )
+        assert begun.keys() == ended[0].keys() == ended[1].keys()
+        assert distance(*ended) < 0.05 * distance(begun, ended[0])
+        scores = [json.loads((at / "metrics.json").read_text()) for at in runs]
+        for name in ("eval_accuracy", "eval_samples", "train_samples", "selection_accuracy"):
+            assert scores[0][name] == scores[1][name]
+        logs = [json.loads((at / "trainer_state.json").read_text())["log_history"] for at in runs]
+        for own, other in zip(*logs, strict=True):
+            for name in own.keys() & {"loss", "grad_norm", "eval_accuracy"}:
+                assert own[name] == pytest.approx(other[name], rel=1e-2)
+        files = [sorted(path.name for path in at.iterdir()) for at in runs]
+        assert files[0] == files[1]
+
+
+def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    return sum(float((first[name] - second[name]).square().sum()) for name in first) ** 0.5
+
+
+FAILING = """
+import os, runpy, sys
+from osrm import training
+
+if os.environ["RANK"] == "1":
+    def fail(*_, **__):
+        raise RuntimeError("rank 1 is broken")
+    training.TaskTrainer.training_step = fail
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_failing_process_fails_the_job(still, data, tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    more = ["train_glue.py", *flags(still["llama"], data, tmp_path / "out")]
+    process = start("torchrun", script, more, tmp_path / "cache")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and "rank 1 is broken" in output
+    assert not [*tmp_path.rglob("metrics.json")]
+
+
+def test_a_signal_to_the_launcher_leaves_a_checkpoint_of_all(still, data, tmp_path):
+    """Which a single process goes on from."""
+    out = tmp_path / "out"
+    more = [*flags(still["llama"], data, out), "--epochs", 500]
+    process = start("torchrun", "train_glue.py", more, tmp_path / "cache")
+    while not [*out.glob("rte/*/checkpoints/checkpoint-*/trainer_state.json")]:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert "stopped by SIGTERM; --resume goes on from step" in output
+    (checkpoints,) = out.glob("rte/*/checkpoints")
+    assert not (checkpoints / "unfinished").exists()
+    steps = [int(path.name.removeprefix("checkpoint-")) for path in checkpoints.iterdir()]
+    assert f"from step {max(steps)}\n" in output
