@@ -9,7 +9,6 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from osrm import processes
@@ -85,24 +85,19 @@ def environment() -> dict[str, Any]:
 
 
 def reset_peak_memory() -> None:
-    """Let the peak begin anew; of resident memory only Linux can."""
+    """Let the peaks begin anew; of resident memory only Linux can."""
     switch = Path("/proc/self/clear_refs")
     if os.access(switch, os.W_OK):
         switch.write_text("5")
-    if cuda := _cuda():
-        cuda.reset_peak_memory_stats()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
-def peak_memory() -> float:
-    """Peak of the GPU's memory, if there is one, else of this process's resident memory, in GiB."""
-    if cuda := _cuda():
-        return cuda.max_memory_allocated() / 2**30
+def peak_memory(device: str = "cpu") -> float:
+    """Peak of this process's memory in GiB: on the GPU ("cuda"), or what is resident."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _cuda() -> Any:
-    torch = sys.modules.get("torch")  # nothing is on a GPU before it is imported
-    return torch.cuda if torch and torch.cuda.is_available() else None
 
 
 def args_record(config: TrainConfig, task: str, **more: Any) -> dict[str, Any]:

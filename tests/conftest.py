@@ -115,13 +115,19 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> dict[str, Path]:
     """{family: directory of a tiny random pre-trained body with its tokenizer}."""
-    found = {}
-    for family, config in CONFIGS.items():
-        torch.manual_seed(0)
-        found[family] = tmp_path_factory.mktemp(family) / f"tiny-{family}"
-        AutoModel.from_config(config).save_pretrained(found[family])
-        make_tokenizer(family).save_pretrained(found[family])
-    return found
+    return {
+        family: make_tiny(family, tmp_path_factory.mktemp(family) / f"tiny-{family}")
+        for family in CONFIGS
+    }
+
+
+def make_tiny(family: str, directory: Path, **options: object) -> Path:
+    """A tiny random pre-trained body with its tokenizer; `options` of its config."""
+    torch.manual_seed(0)
+    config = type(CONFIGS[family])(**CONFIGS[family].to_dict() | options)
+    AutoModel.from_config(config).save_pretrained(directory)
+    make_tokenizer(family).save_pretrained(directory)
+    return directory
 
 
 def make_examples(task: str, count: int, seed: int) -> list[dict]:

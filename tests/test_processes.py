@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel
 
 from osrm.commands.train import train
 from osrm.config import TrainConfig
 from osrm.features import read_bank
 from osrm.runs import run_dir
-from tests.conftest import CONFIGS, ROOT, make_tokenizer, write_data
+from tests.conftest import ROOT, make_tiny, write_data
 from tests.test_training import small
 
 LAUNCHERS = {
@@ -37,15 +36,11 @@ FLAGS = (
 @pytest.fixture(scope="module")
 def still(tmp_path_factory) -> dict[str, Path]:
     """Tiny models without dropout, whose random numbers each process has of its own."""
-    found = {}
-    for family in ("roberta", "llama"):
-        same = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        config = type(CONFIGS[family])(**CONFIGS[family].to_dict() | same)
-        torch.manual_seed(0)
-        found[family] = tmp_path_factory.mktemp(family) / f"tiny-{family}"
-        AutoModel.from_config(config).save_pretrained(found[family])
-        make_tokenizer(family).save_pretrained(found[family])
-    return found
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return {
+        family: make_tiny(family, tmp_path_factory.mktemp(family) / f"tiny-{family}", **off)
+        for family in ("roberta", "llama")
+    }
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -71,6 +72,8 @@ class Inputs:
 
 def run(config: MergeConfig) -> None:
     """Run merge.py: read, merge and save with each method, search for λ, evaluate, print."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("merge.py works in one process; start it without torchrun or accelerate")
     source = read_recipe(config) if config.from_recipe else None
     if source:
         config = replace(

@@ -25,7 +25,7 @@ from osrm.evaluation import Predictions, predict_splits, scores
 from osrm.glue import TASKS, fingerprint, load_task, split_task, tokenize, validation_splits
 from osrm.merged import MergedUpdate
 from osrm.merging import METHODS, Lazy, row
-from osrm.runs import write_json, write_text
+from osrm.runs import peak_memory, reset_peak_memory, write_json, write_text
 from osrm.task_vectors import TaskVectors, dense
 
 if TYPE_CHECKING:
@@ -48,7 +48,10 @@ def score_all(
 ) -> None:
     """Score every merge; write results.json, tables and plots beside them."""
     directory = merger.directory
+    reset_peak_memory()
     predictions = evaluate_all(evaluation, merger.inputs, directory, [*methods])
+    peak = peak_memory(evaluation.device.type)
+    logger.info("evaluation: peak memory %.2f GiB", peak)
     prediction_table(predictions).to_parquet(directory / "predictions.parquet", compression="zstd")
     metrics = {
         row: {task: scores(TASKS[task], found) for task, found in by_task.items()}
@@ -62,6 +65,7 @@ def score_all(
         "rows": report.rows(metrics, methods, merger.costs),
         "search": search,
         "evaluation": evaluation.settings,
+        "evaluation_peak_gib": peak,
         **merger.recipe,
     }
     write_json(directory / "results.json", results)
@@ -110,11 +114,15 @@ class Evaluation:
     dtype: torch.dtype
     """Of the model that is evaluated."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where models are evaluated."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
     def model(self, task: str) -> Any:
         """The pre-trained model with a new head for the task."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         labels = TASKS[task].labels
-        return load_model(self.backbone, labels, self.tokenizer, self.dtype).to(device)
+        return load_model(self.backbone, labels, self.tokenizer, self.dtype).to(self.device)
 
     def predict(self, model: Any, task: str, splits: Splits, title: str) -> Predictions:
         """What a model with the task's head predicts on the task's part of `splits`."""

@@ -57,9 +57,8 @@ def train(config: TrainConfig) -> None:
     if config.only_features:
         setting = load_setting(plan)
         collect_features(setting, setting.new_model(plan.tasks[0]))
-        logger.info(
-            "the features are in %s; peak memory %.2f GiB", config.feature_bank, peak_memory()
-        )
+        peak = peak_memory(setting.device.type)
+        logger.info("the features are in %s; peak memory %.2f GiB", config.feature_bank, peak)
         return
     check_output(Path(config.output_dir))
     todo = [
@@ -93,7 +92,7 @@ def work(setting: Setting, todo: list[GlueTask]) -> list[str]:
         transform(setting, todo, features, start, sources)
         return []
     energies = start_energies(features, start, plan.others) if processes.is_first() else {}
-    peak, since = peak_memory(), psutil.Process().create_time()
+    peak, since = peak_memory(setting.device.type), psutil.Process().create_time()
     diverged = []
     for task in todo:
         more = {f"start_energy_{side}": each for side, each in energies.get(task.name, {}).items()}
@@ -149,7 +148,7 @@ def train_task(
         derive_seed(config.seed, task.name, "training"),
         directory / CHECKPOINTS,
     )
-    peak = peak_memory()
+    peak = peak_memory(setting.device.type)
     reset_peak_memory()
     state = full_state(trainer)
     metrics = setting.score(task, trainer.model_wrapped if state else model, data) | more
@@ -160,7 +159,7 @@ def train_task(
         "train_runtime": trainer.state.log_history[-1]["train_runtime"],
         "seconds_to_first_step": trainer.first_step - since,
         "peak_memory_training": peak,
-        "peak_memory_evaluation": peak_memory(),
+        "peak_memory_evaluation": peak_memory(setting.device.type),
     }
     if processes.is_first():
         trainer.state.save_to_json(str(directory / "trainer_state.json"))
