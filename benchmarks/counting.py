@@ -300,7 +300,7 @@ def logits(model: Any, batch: int, length: int) -> Tensor:
 
 
 def prepare_step(model: Any, checkpoint: bool, way: Way) -> None:
-    """As before the second step of a training: gradients are there, and are added to.
+    """Let the gradients be there, so that the pass does not count them.
 
     Checkpointing is that of `osrm.training.enable_checkpointing`; what is computed again goes the
     same `way`.

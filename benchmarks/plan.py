@@ -73,7 +73,7 @@ class Gpu:
 
 
 GPUS = {
-    "a10": Gpu("A10, 24 GB", 22.2, 125, 31.2, 0.49, 600, 0.5),
+    "a10": Gpu("A10, 24 GB", 22.0, 125, 31.2, 0.49, 600, 0.5),
     "rtx4090": Gpu("RTX 4090, 24 GB", 23.6, 165, 82.6, 1.29, 1008, 0.7),
     "a100-40": Gpu("A100, 40 GB", 39.5, 312, 19.5, 19.5, 1555, 0.6),
     "a100-80": Gpu("A100, 80 GB", 79.1, 312, 19.5, 19.5, 2039, 0.6),
@@ -592,6 +592,8 @@ Memory is for full batches of the longest examples; times rest on assumed shares
 and are rough. Counted with {versions}. In GiB:"""
 
 NOTES = """\
+What to make of it:
+
 - **24 GB are enough to train Llama-3-8B** with `--gradient-checkpoint`, and no sharding is needed.
   `train_glue.py` has none: of four cards give each a task of its own, one visible to each process
   (`CUDA_VISIBLE_DEVICES`; of several the Trainer would make copies with DataParallel). FSDP
@@ -605,9 +607,9 @@ NOTES = """\
 - Merging itself runs on the host, a module at a time, and needs neither a GPU nor the base."""
 
 ASSUMPTIONS = f"""\
-- Peaks of dense products in TFLOP/s and bandwidths are the published ones, GiB what torch reports.
-  Of the peak the last column's share is achieved, of the bandwidth {BANDWIDTH_SHARE:.0%}; products
-  and all else follow each other, and an operation takes {LAUNCH * 1e6:.0f} µs of the host at least.
+- Peaks of dense products in TFLOP/s and bandwidths are the published ones, GiB about what torch
+  reports. Of the peak the last column's share is achieved, of the bandwidth {BANDWIDTH_SHARE:.0%};
+  products and all else follow each other; an operation takes {LAUNCH * 1e6:.0f} µs of the host.
 - Beside the tensors: {CONTEXT:g} GiB of context and workspaces, and {FRAGMENTATION:.0%} of all that
   is allocated for what the allocator cannot use.
 - Every batch has padding, so attention has a mask. Without one torch takes the flash kernel, which
