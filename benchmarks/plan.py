@@ -598,9 +598,10 @@ What to make of it:
   `train_glue.py` has none: of four cards give each a task of its own, one visible to each process
   (`CUDA_VISIBLE_DEVICES`; of several the Trainer would make copies with DataParallel). FSDP
   would save memory that is not lacking, and at GLUE's lengths wait for the weights.
-- Token statistics of Llama-3-8B do not fit there: take `--features sample`, or make them where
-  there is room, which may be a host without a GPU, with `--feature-bank DIR --only-features --dtype
-  bfloat16`. They take up to 4 GiB of disk a task, in the cache or the bank.
+- Token statistics of Llama-3-8B do not fit there (an RTX 4090 has just enough room for them with
+  `--per-device-eval-bsz 8`): take `--features sample`, or make them where there is room, which may
+  be a host without a GPU, with `--feature-bank DIR --only-features --dtype bfloat16`. They take up
+  to 4 GiB of disk a task, in the cache or the bank.
 - Scoring merges of Llama-3-8B does not fit there with any flag: `merge.py` loads a task's model
   while the last one is still on the GPU (the row "one model at a time" is without that). Merge with
   `--no-eval`, or score on the host (`CUDA_VISIBLE_DEVICES= python merge.py`).
