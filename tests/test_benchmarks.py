@@ -302,6 +302,18 @@ def test_statistics_are_as_large_as_planned(features, samples, tmp_path):
     assert 0.6 * most < meter.peak < 1.05 * most
 
 
+def test_adding_rows_takes_what_is_planned():
+    """Beside a forward pass, which hides it in small models."""
+    batch, tokens, d = 8, 32, 64
+    with counting.Meter() as meter:
+        total = Moment.of(torch.randn(batch * tokens, d))
+        waiting = [torch.randn(batch * tokens, d)]
+        total = total + Moment.of(torch.cat(waiting))
+    nothing = counting.Count(0, 0, 0, 0, 0)
+    most = counting.collecting_size(nothing, [(batch, tokens, d)], "token", 2 * batch, 4)
+    assert 0.6 * most < meter.peak < most
+
+
 def test_solving_takes_what_is_planned():
     d, tasks, names = 256, 4, list("abcd")
     generator = torch.Generator().manual_seed(0)
