@@ -125,7 +125,8 @@ def gathered_size(model: Any) -> int:
     """Bytes of the whole weights that a GPU of FSDP has beside its share.
 
     Two blocks, the one that computes and the next one, and what is in no block: that is gathered
-    with the root module and stays until the backward pass is over.
+    with the root module and stays until the backward pass is over. (accelerate 1.15 gathers the
+    embeddings by themselves, and then needs less.)
     """
     base = model.get_base_model()
     names = base._no_split_modules

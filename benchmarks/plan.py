@@ -120,9 +120,9 @@ SETTINGS = {
         "--backbone llama3-8b --gpu a10 --gpus 4 --per-device-train-bsz 16 --gradient-checkpoint"
         " --load-epochs hparams/epoch_1.json --eval-dtype bfloat16"
     ),
-    "Llama-3-8B, 24 GB": (
-        "--backbone llama3-8b --gpu a10 --gradient-checkpoint --load-epochs hparams/epoch_1.json"
-        " --eval-dtype bfloat16"
+    "Llama-3-8B, 4 x 24 GB, whole": (
+        "--backbone llama3-8b --gpu a10 --gpus 4 --whole --per-device-train-bsz 16"
+        " --gradient-checkpoint --load-epochs hparams/epoch_1.json --eval-dtype bfloat16"
     ),
 }
 """The release's commands (README.md, "Train"), and the cards to run them on."""
@@ -173,6 +173,7 @@ class Plan:
         self.args, self.gpu = args, GPUS[args.gpu]
         self.dtype, self.eval_dtype = getattr(torch, args.dtype), getattr(torch, args.eval_dtype)
         self.batch, self.length = args.per_device_train_bsz, args.max_seq_len
+        self.sharded = args.gpus > 1 and not args.whole
         config, scored = CONFIGS[args.backbone], (args.per_device_eval_bsz, args.max_seq_len)
         self.model = adapted(config, self.dtype, args.block, args.rank)
         again = adapted(config, self.dtype, args.block, args.rank)
@@ -202,14 +203,19 @@ class Plan:
     def standing(self) -> list[Row]:
         """What is on a GPU all the time while a task is trained."""
         weights, parameters, gpus = size(frozen(self.model)), trained(self.model), self.args.gpus
-        rows = [row("frozen weights", weights / gpus, "--dtype; with FSDP a share")]
-        if gpus > 1:
-            gathered = gathered_size(self.model)
-            rows.append(row("weights gathered by FSDP", gathered, "two blocks, embeddings"))
+        rows = [row("frozen weights", weights, "--dtype; with FSDP a share")]
+        gradients = size(parameters)
+        if self.sharded:
+            rows = [
+                row("frozen weights", weights / gpus, ""),
+                row("weights gathered by FSDP", gathered_size(self.model), "two blocks, the rest"),
+            ]
+        elif gpus > 1:
+            gradients *= 2
         return [
             *rows,
             row("adapters and head", size(parameters), "float32"),
-            row("their gradients", size(parameters), "float32"),
+            row("their gradients", gradients, "float32; twice for DDP, in its buckets too"),
             row("AdamW's states", optimizer_size(parameters), "two moments in float32"),
         ]
 
@@ -312,10 +318,10 @@ class Plan:
         return max(count.operations * LAUNCH, (products + others) * part)
 
     def step_seconds(self, part: float = 1.0) -> float:
-        """A training step; meanwhile FSDP gathers the weights twice."""
+        """A training step; meanwhile FSDP gathers the weights twice. DDP's gradients are few."""
         step = self.steps[self.args.gradient_checkpoint]
         others = 1 - 1 / self.args.gpus
-        gathering = 2 * size(frozen(self.model)) * others / LINK
+        gathering = 2 * size(frozen(self.model)) * others / LINK if self.sharded else 0.0
         return max(self.pass_seconds(step, self.dtype, part), gathering)
 
     def forward_seconds(self, examples: float, dtype: torch.dtype, part: float = 1.0) -> float:
@@ -595,14 +601,17 @@ NOTES = """\
 What to make of it:
 
 - **24 GB are enough to train Llama-3-8B** with `--gradient-checkpoint`, and no sharding is needed.
-  `train_glue.py` has none: of four cards give each a task of its own, one visible to each process
-  (`CUDA_VISIBLE_DEVICES`; of several the Trainer would make copies with DataParallel). FSDP
-  would save memory that is not lacking, and at GLUE's lengths wait for the weights.
-- Token statistics of Llama-3-8B do not fit there (an RTX 4090 has just enough room for them with
-  `--per-device-eval-bsz 8`): take `--features sample`, or make them where there is room, which may
-  be a host without a GPU, with `--feature-bank DIR --only-features --dtype bfloat16`. They take up
-  to 4 GiB of disk a task, in the cache or the bank.
-- Scoring merges of Llama-3-8B does not fit there with any flag: `merge.py` loads a task's model
+  `torchrun --nproc-per-node 4 train_glue.py` (the last column) is the fastest on four cards, or a
+  task of its own for each card, one visible to each process (`CUDA_VISIBLE_DEVICES`; several that
+  one process sees make the Trainer copy the model with DataParallel). FSDP (`accelerate launch
+  --config_file hparams/fsdp.yaml`) makes room for batches of 128 instead of 64 on each, or for no
+  checkpointing, and at GLUE's lengths waits for the weights. Before it shards, and while statistics
+  are collected, each GPU holds all weights.
+- Token statistics of Llama-3-8B do not fit on an A10 (an RTX 4090 has just enough room for them
+  with `--per-device-eval-bsz 8`): take `--features sample`, or make them where there is room, which
+  may be a host without a GPU, with `--feature-bank DIR --only-features --dtype bfloat16`. They take
+  up to 4 GiB of disk a task, in the cache or the bank.
+- Scoring merges of Llama-3-8B does not fit on 24 GB with any flag: `merge.py` loads a task's model
   while the last one is still on the GPU (the row "one model at a time" is without that). Merge with
   `--no-eval`, or score on the host (`CUDA_VISIBLE_DEVICES= python merge.py`).
 - Merging itself runs on the host, a module at a time, and needs neither a GPU nor the base."""
@@ -619,7 +628,8 @@ ASSUMPTIONS = f"""\
   `--max-seq-len` tokens. Training sets are GLUE's, less the tenth that selects the epoch, at most
   {MOST_TRAIN:,} examples. The evaluations are in it, loading and saving are not.
 - FSDP: weights are sharded and gathered block by block, one block ahead and twice a step, over
-  {LINK / 1e9:.0f} GB/s; adapters are whole on each GPU; the batch is that of one GPU.
+  {LINK / 1e9:.0f} GB/s. They stay in `--dtype`, as they do with accelerate 1.14 and newer; 1.12
+  makes the shards float32. Adapters are whole on each GPU; the batch is that of one GPU.
 - The disk reads {DISK / 1e9:g} GB/s. Solving for A was measured on two CPU cores for d = 1024 and
   4096 (README.md, "Which start"); in between a power of d."""
 
@@ -653,7 +663,8 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--backbone", choices=CONFIGS, help="without it: the settings of the document")
     add("--gpu", choices=GPUS, default="a100-80")
-    add("--gpus", type=int, default=1, help="more than one: FSDP")
+    add("--gpus", type=int, default=1, help="more than one: FSDP shards the weights")
+    add("--whole", action="store_true", help="no, each of several GPUs has all weights (DDP)")
     add("--per-device-train-bsz", type=int, default=64)
     add("--per-device-eval-bsz", type=int, default=64)
     add("--max-seq-len", type=int, default=128)
