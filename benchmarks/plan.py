@@ -292,17 +292,16 @@ class Plan:
         disk = tasks * self._whole() * self.dtype.itemsize
         return [*rows, row(f"{tasks} x --export model", disk, "in --dtype")]
 
-    def scoring(self, dtype: torch.dtype, models: int = 2) -> list[Row]:
+    def scoring(self, dtype: torch.dtype) -> list[Row]:
         """Scoring merges on one GPU, one task after the other."""
         weights = self._whole() * dtype.itemsize
         kept = sum(out * width * n for (out, width), n in self.layers.items()) * dtype.itemsize
         rows = [
             row("the evaluated model", weights, "--eval-dtype"),
-            row("the next task's model", weights, "loaded before the last one is let go"),
             row("the adapted layers as they were", kept, "to be put back"),
             row("a forward pass", self.forwards[dtype].peak, "counted"),
         ]
-        return with_overhead(rows if models == 2 else [rows[0], *rows[2:]])
+        return with_overhead(rows)
 
     def _whole(self) -> int:
         """How many numbers the backbone has."""
@@ -398,7 +397,6 @@ class Plan:
             "--features sample or mean": total(self.collecting("sample", self.length)),
             "scoring in float32": total(self.scoring(torch.float32)),
             "scoring in bfloat16": total(self.scoring(torch.bfloat16)),
-            "scoring in bfloat16, one model at a time": total(self.scoring(torch.bfloat16, 1)),
         }
 
     def record(self) -> dict[str, Any]:
@@ -602,8 +600,7 @@ What to make of it:
 
 - **24 GB are enough to train Llama-3-8B** with `--gradient-checkpoint`, and no sharding is needed.
   `torchrun --nproc-per-node 4 train_glue.py` (the last column) is the fastest on four cards, or a
-  task of its own for each card, one visible to each process (`CUDA_VISIBLE_DEVICES`; several that
-  one process sees make the Trainer copy the model with DataParallel). FSDP (`accelerate launch
+  task of its own for each card (`CUDA_VISIBLE_DEVICES`). FSDP (`accelerate launch
   --config_file hparams/fsdp.yaml`) makes room for batches of 128 instead of 64 on each, or for no
   checkpointing, and at GLUE's lengths waits for the weights. Before it shards, and while statistics
   are collected, each GPU holds all weights.
@@ -611,9 +608,8 @@ What to make of it:
   with `--per-device-eval-bsz 8`): take `--features sample`, or make them where there is room, which
   may be a host without a GPU, with `--feature-bank DIR --only-features --dtype bfloat16`. They take
   up to 4 GiB of disk a task, in the cache or the bank.
-- Scoring merges of Llama-3-8B does not fit on 24 GB with any flag: `merge.py` loads a task's model
-  while the last one is still on the GPU (the row "one model at a time" is without that). Merge with
-  `--no-eval`, or score on the host (`CUDA_VISIBLE_DEVICES= python merge.py`).
+- Scoring merges of Llama-3-8B fits on 24 GB with `--eval-dtype bfloat16`: one model is on the GPU
+  at a time.
 - Merging itself runs on the host, a module at a time, and needs neither a GPU nor the base."""
 
 ASSUMPTIONS = f"""\

@@ -242,6 +242,10 @@ def fit(
         seed=seed,
     )
 
+    # Several GPUs that one process sees would each get a copy of the model in every step
+    # (DataParallel); accelerate and torchrun give each a process of its own.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         return task_metrics(task, prediction.predictions, prediction.label_ids)
 

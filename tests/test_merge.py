@@ -1,7 +1,9 @@
 """merge.py: from run directories to merged models, scores and tables."""
 
+import gc
 import json
 import re
+import weakref
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from osrm import load_merged, report
 from osrm.adapters import read_adapter
-from osrm.backbones import find_backbone, load_tokenizer
+from osrm.backbones import find_backbone, load_model, load_tokenizer
 from osrm.checkpoints import load_adapters
 from osrm.commands import scoring
 from osrm.commands.merge import run
@@ -62,6 +64,25 @@ def merged(config, tmp_path, name="out", **options) -> Path:
     file = write(tmp_path / "load_model_path.json", paths)
     run(MergeConfig(load_model_path=file, output_dir=str(tmp_path / name), **options))
     return tmp_path / name
+
+
+def test_one_model_is_in_memory_at_a_time(runs, tmp_path, monkeypatch):
+    """Of the many that are loaded one after the other, for statistics, λ and scores."""
+    alive = []
+
+    def load(*args, **options):
+        assert not any(each() for each in alive)
+        model = load_model(*args, **options)
+        alive.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(scoring, "load_model", load)
+    gc.disable()
+    try:
+        merged(runs, tmp_path, methods=["regmean", "fisher", "ties"], search=[0.5, 1.0])
+    finally:
+        gc.enable()
+    assert len(alive) > 4 * len(NAMES)
 
 
 def validation(config, task):

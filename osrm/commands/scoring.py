@@ -309,6 +309,7 @@ def evaluate_all(
                 found[line][name] = evaluation.predict(
                     model, name, evaluation.reported, f"{name}: {line}"
                 )
+        del model, own  # or they would lie beside the next ones
     return found
 
 

@@ -41,6 +41,7 @@ def collect_statistics(
         with applied(model, own):
             collect = {"moments": _moments, "fisher": _fisher}[needs]
             files[task] = collect(evaluation, task, checkpoint, model, modules)
+        del model, own  # or they would lie beside the next ones
     if needs == "moments":
         return Lazy(modules, lambda module: [file[module] for file in files.values()])
     return Lazy(modules, lambda module: torch.stack([file[module] for file in files.values()]))
