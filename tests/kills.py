@@ -126,12 +126,12 @@ def durations(work: Callable[[], None], phase: str, note: Path) -> list[float]:
 def content(directory: Path) -> dict[str, Any]:
     """What a finished run computed: all of its files, without measured times and memory.
 
-    The lock is left by a kill after all was done; it holds nothing, and no one.
+    A kill may leave hidden files: a lock, which holds no one, or half of a file of the cache.
     """
     found: dict[str, Any] = {}
     for path in sorted(each for each in directory.rglob("*") if each.is_file()):
         name = str(path.relative_to(directory))
-        if path.suffix == ".lock":
+        if path.name.startswith("."):
             continue
         if path.name == "trainer_state.json" or path.suffix in (".md", ".csv", ".png"):
             found[name] = path.stat().st_size > 0  # times in another form
