@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,31 @@ from torch import Tensor, nn
 
 from osrm.adapters import CONFIG, linear_weight, load_head, read_adapter
 from osrm.backbones import head_names
-from osrm.config import per_task, read_json
+from osrm.config import LARGEST, per_task, read_json
 from osrm.errors import UserError
 from osrm.runs import ARGS
 from osrm.task_vectors import LoraPair, TaskVectors, Update
 
 DENSE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-# What is used of args.json, and its types.
-_ARGS = {
-    **dict.fromkeys(("task", "backbone", "base_model", "body_fingerprint", "init"), str),
-    **dict.fromkeys(("seed", "max_seq_len", "max_test_samples"), int),
+
+def _whole(holds: Callable[[int], bool]) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and abs(value) <= LARGEST and holds(value)
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str
+
+
+# What is used of args.json, and what it must be if it is there, in words and as a test.
+_ARGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(
+        ("task", "backbone", "base_model", "body_fingerprint", "init"), ("str", _is_text)
+    ),
+    "data_dir": ("str or null", lambda value: value is None or _is_text(value)),
+    "seed": ("int of at least 0", _whole(lambda value: value >= 0)),
+    "max_seq_len": ("int of at least 8", _whole(lambda value: value >= 8)),
+    "max_test_samples": ("int other than 0", _whole(bool)),
 }
 
 
@@ -93,9 +108,9 @@ def read_checkpoint(path: Path, load_base: Callable[[str | None], Any]) -> Check
             if not isinstance(args, dict):
                 raise UserError(f"{directory / ARGS}: expected an object; train it again")
             problems = [
-                f"{name}: expected {kind.__name__}, found {args[name]!r}"
-                for name, kind in _ARGS.items()
-                if not isinstance(args.get(name, kind()), kind)
+                f"{name}: expected {wanted}, found {reprlib.repr(args[name])}"
+                for name, (wanted, holds) in _ARGS.items()
+                if name in args and not holds(args[name])
             ]
             if problems:
                 raise UserError(f"{directory / ARGS}: {'; '.join(problems)}; train it again")
@@ -193,9 +208,10 @@ def _read_dense(path: Path, base: Any) -> tuple[dict[str, Update], dict[str, Ten
     updates: dict[str, Update] = {}
     head, others = {}, []
     for name in sorted(files):
-        tensor = read_tensor(files[name], name).float()
-        if not tensor.isfinite().all():
-            raise UserError(f"{files[name]}: '{name}' holds NaN or infinity; train it again")
+        tensor = read_tensor(files[name], name)
+        if tensor.is_complex() or not (tensor := tensor.float()).isfinite().all():
+            problem = "NaN, infinity or complex numbers; train it again"
+            raise UserError(f"{files[name]}: '{name}' holds {problem}")
         if name.startswith(heads):
             head[name] = tensor
         elif name not in own or own[name].shape != tensor.shape:

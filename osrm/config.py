@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,10 @@ MINI_GLUE = "mini-glue"
 
 EPSILON = 1e-2
 """Of the contrastive start; README.md, "Which start", has the measurement."""
+
+
+LARGEST = 2**63 - 1
+"""Data, tokenizers and torch count in 64 bits."""
 
 
 def flag(default: Any, help: str, *, least: float | None = None, **options: Any) -> Any:
@@ -64,14 +69,14 @@ def parse(
                 options["help"] += " (default: %(default)s)"
         parser.add_argument(*names, dest=each.name, default=default, **options)
     values = vars(parser.parse_args(argv))
-    problems = [
-        f"--{each.name.replace('_', '-')} {values[each.name]}: expected a finite number"
-        f" of at least {least}"
-        for each in fields
-        if (least := each.metadata["least"]) is not None
-        and values[each.name] is not None
-        and not (math.isfinite(values[each.name]) and values[each.name] >= least)
-    ]
+    problems = []
+    for each in fields:
+        value, least = values[each.name], each.metadata["least"]
+        name = f"--{each.name.replace('_', '-')} {reprlib.repr(value)}"
+        if isinstance(value, int) and abs(value) > LARGEST:
+            problems.append(f"{name}: expected a number between -2^63 and 2^63")
+        elif value is not None and least is not None and not least <= value < math.inf:
+            problems.append(f"{name}: expected a finite number of at least {least}")
     try:
         config = cls(**values)
     except UserError as error:
@@ -372,14 +377,14 @@ def per_task(path: str | Path, field: str, tasks: Iterable[str], kind: type) -> 
     problems = []
     for task in tasks:
         value = values.get(task)
-        number = kind is float and isinstance(value, int) and not isinstance(value, bool)
+        number = kind is float and type(value) is int
         if task not in values:
             problems.append(f"lacks the task '{task}'; add it")
         elif not (type(value) is kind or number):
-            problems.append(f"'{task}': expected {kind.__name__}, found {value!r}")
-        elif not value or (kind is not str and not 0 < value < math.inf):
-            wanted = "a path" if kind is str else "a positive number"
-            problems.append(f"'{task}': expected {wanted}, found {value!r}")
+            problems.append(f"'{task}': expected {kind.__name__}, found {reprlib.repr(value)}")
+        elif not value or (kind is not str and not 0 < value <= LARGEST):
+            wanted = "a path" if kind is str else "a positive number below 2^63"
+            problems.append(f"'{task}': expected {wanted}, found {reprlib.repr(value)}")
     if problems:
         raise UserError(f"{field} {path}: " + "; ".join(problems))
     return {task: values[task] for task in tasks}

@@ -48,10 +48,23 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
+def explained(error: Exception) -> UserError | None:
+    """What a user is told of it; None of a bug."""
+    if isinstance(error, UserError):
+        return error
+    # The text, as safetensors has an exception of its own.
+    if os.strerror(errno.ENOSPC) in str(error):
+        return UserError("the disk is full; free some space, or choose another --output-dir")
+    if os.strerror(errno.ENAMETOOLONG) in str(error):
+        name = getattr(error, "filename", None) or "--output-dir"
+        return UserError(f"{name}: the name is too long; choose a shorter one")
+    return None
+
+
 def run_script(main: Callable[[], None]) -> int:
     """Run `main`, its progress on stderr, and return the exit code.
 
-    Bad input or a full disk is one line and code 2, a task that diverged 3, and SIGINT or SIGTERM
+    What can be `explained` is one line and code 2, a task that diverged 3, and SIGINT or SIGTERM
     (which batch systems send before they kill) one line and 128 + the signal's number.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -70,12 +83,10 @@ def run_script(main: Callable[[], None]) -> int:
         kept = str(error) or "what was finished is kept"
         problem, code = f"stopped by {signal.Signals(number).name}; {kept}", 128 + number
     except Exception as error:
-        if isinstance(error, UserError):
-            problem, code = str(error), error.code
-        elif os.strerror(errno.ENOSPC) in str(error):  # also in safetensors' own exception
-            problem, code = "the disk is full; free some space, or choose another --output-dir", 2
-        else:
+        told = explained(error)
+        if told is None:
             raise
+        problem, code = str(told), told.code
     else:
         return 0
     finally:

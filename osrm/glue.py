@@ -214,6 +214,8 @@ def load_task(
     for name, split in splits.items():
         if split in found:
             loaded[name] = _checked(task, found[split], f"{source} {split}")
+            if name == "train" and len(loaded[name]) < 2:
+                raise UserError(f"{source} {split}: holds one example; add more, one is held out")
         elif name != "validation_mm":
             raise UserError(
                 f"{source}: no split '{split}'; add {split}.parquet, .jsonl, .csv or .tsv"
@@ -236,8 +238,10 @@ def _load_folder(folder: Path, splits: Iterable[str]) -> Mapping[str, Dataset]:
     if (folder / "dataset_dict.json").exists():
         try:
             # In memory: else what is derived from it is cached in the user's own folder.
-            return DatasetDict.load_from_disk(str(folder), keep_in_memory=True)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            saved = DatasetDict.load_from_disk(str(folder), keep_in_memory=True)
+            # All columns, as Python's objects, whatever format they were saved with.
+            return saved.with_format(None)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise UserError(
                 f"{folder}: not readable as a save_to_disk folder ({first_line(error)}); save it"
                 " again"

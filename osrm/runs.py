@@ -199,6 +199,8 @@ def write_args(directory: Path, args: dict[str, Any]) -> None:
         return
     if path.exists():
         before = read_json(path, "run directory")
+        if not isinstance(before, dict):
+            raise UserError(f"{path}: expected an object; delete it, and train anew")
         now = json.loads(json.dumps(args))
         changed = [
             f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
@@ -222,7 +224,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file; it appears under its name only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    # What is no text, such as a file's name in another encoding, is written as an escape.
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     temporary.replace(path)
 
 

@@ -24,7 +24,7 @@ from osrm.checkpoints import (
     named_directories,
     read_checkpoint,
 )
-from osrm.config import MergeConfig, read_json
+from osrm.config import LARGEST, MergeConfig, read_json
 from osrm.errors import UserError
 from osrm.export import export_adapters, export_model
 from osrm.merged import RECIPE, MergedUpdate, save_merged
@@ -207,9 +207,12 @@ def read_inputs(config: MergeConfig, recipe: Mapping[str, Any] | None = None) ->
         from osrm.glue import find_tasks
 
         find_tasks(directories, where)
-    odd = [task for task in directories if not re.fullmatch(r"\w[\w.-]*", task)]
+    # Files will be called after them; a letter has up to 4 bytes, a name 255.
+    odd = [task for task in directories if not re.fullmatch(r"\w[\w.-]{,59}", task)]
     if odd:
-        raise UserError(f"{where}: task names have letters, digits, '_', '-', '.' only; not {odd}")
+        raise UserError(
+            f"{where}: task names have up to 60 letters, digits, '_', '-', '.' only; not {odd}"
+        )
 
     @cache
     def load_base(name: str) -> Any:
@@ -300,14 +303,22 @@ def read_recipe(config: MergeConfig) -> dict[str, Any]:
             "method": str(method),
             "knobs": dict(knobs),
             "dtype": "float32" | "float64",
-            "max_num_samples": int(),
+            "max_num_samples": int(samples),
             "count_padding": bool(),
             "backbone": str() | None,
             "tasks": dict(tasks),
-        } if tasks and all(
-            isinstance(each, dict) and {"path", "sha256"} <= each.keys() for each in tasks.values()
+        } if (
+            tasks
+            and 0 < samples <= LARGEST
+            and all(
+                isinstance(each, dict) and {"path", "sha256"} <= each.keys()
+                for each in tasks.values()
+            )
         ):
-            check_knobs(method, knobs)
+            try:
+                check_knobs(method, knobs)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
         case _:
             raise UserError(f"{where}: no recipe.json of a merge; name one in a method's directory")
     for task, each in tasks.items():

@@ -1,7 +1,8 @@
 """Merging methods: which update does each task receive? One method a file, one row each."""
 
 import inspect
-import math
+import reprlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -80,8 +81,9 @@ METHODS = {
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    """True and False are no numbers here."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Finite, also as a float; True and False are no numbers here."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
 
 
 def _number(holds: Callable[[float], bool]) -> Callable[[object], bool]:
@@ -91,15 +93,15 @@ def _number(holds: Callable[[float], bool]) -> Callable[[object], bool]:
 def _are_weights(value: object) -> bool:
     if not isinstance(value, list | tuple):
         return value is None
-    return all(_is_number(weight) and abs(weight) < math.inf for weight in value)
+    return all(map(_is_number, value))
 
 
 RANGES: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "scale": ("a finite number", _number(lambda scale: abs(scale) < math.inf)),
+    "scale": ("a finite number", _number(lambda scale: True)),
     "density": ("a number in (0, 1]", _number(lambda density: 0 < density <= 1)),
     "drop_rate": ("a number in [0, 1)", _number(lambda rate: 0 <= rate < 1)),
     "seed": ("a whole number", lambda seed: _is_number(seed) and isinstance(seed, int)),
-    "ridge": ("a finite number, 0 or more", _number(lambda ridge: 0 <= ridge < math.inf)),
+    "ridge": ("a finite number, 0 or more", _number(lambda ridge: ridge >= 0)),
     "off_diagonal": ("a number in [0, 1]", _number(lambda ratio: 0 <= ratio <= 1)),
     "weights": ("finite numbers, one a task", _are_weights),
     "trim": (f"one of {', '.join(TRIMS)}", lambda trim: trim in TRIMS),
@@ -183,6 +185,6 @@ def check_knobs(name: str, knobs: Mapping[str, object]) -> None:
         elif knob in RANGES:
             wanted, holds = RANGES[knob]
             if not holds(value):
-                problems.append(f"{knob} must be {wanted}, not {value!r}")
+                problems.append(f"{knob} must be {wanted}, not {reprlib.repr(value)}")
     if problems:
         raise UserError(f"merging method {name!r}: {'; '.join(problems)}")
