@@ -82,8 +82,9 @@ METHODS = {
 
 def _is_number(value: object) -> TypeGuard[float]:
     """Finite, also as a float; True and False are no numbers here."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _number(holds: Callable[[float], bool]) -> Callable[[object], bool]:
