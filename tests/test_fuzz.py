@@ -62,9 +62,9 @@ settings.register_profile(
 )
 
 
-def cases(count: int) -> settings:
-    """So many cases of one test, or FUZZ times as many."""
-    CASES.append(count)
+def cases(count: int, kinds: int = 1) -> settings:
+    """So many cases of one test, of each of its kinds, or FUZZ times as many."""
+    CASES.append(count * kinds)
     return settings(settings.get_profile("fuzz"), max_examples=count * max(FUZZ, 1))
 
 
@@ -411,7 +411,7 @@ JSONS: dict[str, tuple[str, Callable[[], object]]] = {
 
 
 @pytest.mark.parametrize("kind", JSONS)
-@cases(50)
+@cases(50, len(JSONS))
 @given(data=st.data())
 def test_json(root, kind, data):
     path, act = JSONS[kind]
@@ -492,7 +492,7 @@ def tokenizer() -> Any:
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl", "csv", "tsv"])
-@cases(60)
+@cases(60, 4)
 @given(data=st.data())
 def test_data(root, ending, data):
     rows = [{"sentence1": "a dog", "sentence2": "a\tcat,\n", "label": i % 2} for i in range(3)]
@@ -523,7 +523,7 @@ def test_adapter(root, data):
 
 
 @pytest.mark.parametrize("file", [f"dense/{DENSE}", "shards/model-00001-of-00005.safetensors"])
-@cases(60)
+@cases(60, 2)
 @given(data=st.data())
 def test_dense(root, file, data):
     content = data.draw(tensor_files(root / "good" / file))
@@ -721,7 +721,7 @@ def test_names_stay_names(root, data):
 
 
 @pytest.mark.parametrize("script, cls", [("train_glue.py", TrainConfig), ("merge.py", MergeConfig)])
-@cases(20)
+@cases(20, 2)
 @given(data=st.data())
 def test_script(root, script, cls, data):
     """One line on stderr and exit code 2."""
