@@ -36,6 +36,7 @@ check: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m pip check
 
 smoke: install
 	PATH="$(CURDIR)/.venv/bin:$$PATH" snakemake --snakefile reproduce/Snakefile --cores 2 embedded_smoke

@@ -84,7 +84,7 @@ def _is_number(value: object) -> TypeGuard[float]:
     """Finite, also as a float; True and False are no numbers here."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return abs(value) <= sys.float_info.max
+    return bool(abs(value) <= sys.float_info.max)
 
 
 def _number(holds: Callable[[float], bool]) -> Callable[[object], bool]:
