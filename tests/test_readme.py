@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
 
 from osrm import embedded
 from osrm.config import MergeConfig, TrainConfig, parse
@@ -45,6 +48,12 @@ def check(command: str, monkeypatch, tmp_path) -> None:
     if program == "pip":
         assert words == ["install", ".[reproduce]"]
         return
+    if program in ("torchrun", "accelerate"):
+        parser = get_args_parser() if program == "torchrun" else launch_command_parser()
+        found = parser.parse_args(words[program == "accelerate" :])
+        if program == "accelerate":
+            assert load_config_from_file(str(ROOT / found.config_file)).fsdp_config
+        program, words = "python", [found.training_script, *found.training_script_args]
     assert program in ("python", "python3")
     script, *arguments = words
     if script == "train_glue.py":
