@@ -41,6 +41,8 @@ class TensorFile(Mapping[str, Tensor]):
                     raise ValueError("its checksum differs")
         except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not readable: {first_line(error)}") from None
+        except RecursionError:
+            raise ValueError("not readable: its header is nested too deep") from None
 
     @staticmethod
     def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
