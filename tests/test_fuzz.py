@@ -76,10 +76,14 @@ NUMBERS = [0, -1, 1, 2, 2**63, 10**400, -(10**400), 1e300, float("nan"), float("
 names = st.sampled_from(NAMES) | st.text(st.characters(), max_size=8)
 numbers = st.sampled_from(NUMBERS) | st.integers() | st.floats()
 scalars = st.none() | st.booleans() | numbers | names
-values = st.just("DEEP") | scalars | st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
-    max_leaves=5,
+values = (
+    st.just("DEEP")
+    | scalars
+    | st.recursive(
+        scalars,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
+        max_leaves=5,
+    )
 )
 
 
