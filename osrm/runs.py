@@ -194,9 +194,9 @@ def write_args(directory: Path, args: dict[str, Any]) -> None:
     Raises:
         UserError: an interrupted run with other settings is there.
     """
-    path = directory / ARGS
     if not processes.is_first():
         return
+    path = directory / ARGS
     if path.exists():
         before = read_json(path, "run directory")
         if not isinstance(before, dict):

@@ -5,7 +5,7 @@
 For each phase as many kills: at a random moment after the phase began, in a process of its own.
 After each, every file under its final name must be readable; after `--resume` (training) or the
 same command again (merging) all that was computed must be the same to the byte. The models are
-tiny and random, so that the kills fall everywhere; a test makes a few of them.
+tiny and random, so that the kills fall everywhere. A test makes one kill of each phase.
 """
 
 from __future__ import annotations
@@ -53,23 +53,20 @@ def on_entry(phase: str, act: Callable[[], None]) -> Any:
     """Call `act` whenever the phase begins."""
     originals = [(owner, name, getattr(owner, name)) for owner, name in PHASES[phase]]
 
-    def entering(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        act()
-        return original(*args, **options)
+    def noted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def entering(*args: Any, **options: Any) -> Any:
+            act()
+            return original(*args, **options)
+
+        return entering
 
     for owner, name, original in originals:
-        wrapped = partial(entering, original)
-        setattr(owner, name, partialmethod_of(wrapped) if isinstance(owner, type) else wrapped)
+        setattr(owner, name, noted(original))
     try:
         yield
     finally:
         for owner, name, original in originals:
             setattr(owner, name, original)
-
-
-def partialmethod_of(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function, which becomes a method where it is looked up; a partial does not."""
-    return lambda *args, **options: function(*args, **options)
 
 
 def in_child(work: Callable[[], None]) -> int:

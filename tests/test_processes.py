@@ -159,7 +159,7 @@ def test_a_failing_process_fails_the_job(still, data, tmp_path):
 
 
 def test_a_signal_to_the_launcher_leaves_a_checkpoint_of_all(still, data, tmp_path):
-    """Which a single process goes on from."""
+    """The newest one, and whole."""
     out = tmp_path / "out"
     more = [*flags(still["llama"], data, out), "--epochs", 500]
     process = start("torchrun", "train_glue.py", more, tmp_path / "cache")

@@ -151,7 +151,8 @@ def train_task(
     peak = peak_memory(setting.device.type)
     reset_peak_memory()
     state = full_state(trainer)
-    metrics = setting.score(task, trainer.model_wrapped if state else model, data) | more
+    scored = model if state is None else trainer.model_wrapped  # {} in all processes but the first
+    metrics = setting.score(task, scored, data) | more
     metrics["train_samples"] = len(data.train)
     if trainer.state.best_metric is not None:
         metrics[f"selection_{task.select}"] = trainer.state.best_metric
