@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from math import sqrt
 from pathlib import Path
+from statistics import fmean, variance
 from typing import Any
 
 import yaml
@@ -16,7 +18,7 @@ SCIENCE = yaml.safe_load((HERE / "questions.yaml").read_text())
 STARTS: dict[str, str] = SCIENCE["starts"]
 """{start: train_glue.py's flags}"""
 QUESTIONS: dict[str, dict[str, Any]] = SCIENCE["questions"]
-KINDS = ("vary", "transform", "subsets")
+KINDS = ("vary", "multiply_lr", "transform", "subsets")
 
 
 def variations(kind: str) -> dict[str, Any]:
@@ -47,3 +49,24 @@ def runs(study: str, question: str | None = None) -> list[str]:
         if name and start in starts and name in setting.get("variations", [name]):
             found += [f"{run}/{seed}" for seed in setting["more_seeds"]]
     return found
+
+
+def chosen_rates(scores: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """The rate of each start: the smallest whose mean is within one standard error of the best.
+
+    The rule of one standard error (Breiman et al., 1984): of what the seeds cannot tell apart, the
+    mildest. The seeds are few, so the error is pooled over all starts and rates; of one seed it is
+    unknown, and the best is taken.
+
+    Args:
+        scores: {start: {rate: the selection score of each seed}}, equally many seeds for each.
+    """
+    cells = [found for rates in scores.values() for found in rates.values()]
+    seeds = len(cells[0])
+    error = sqrt(fmean(map(variance, cells)) / seeds) if seeds > 1 else 0.0
+    chosen = {}
+    for start, rates in scores.items():
+        means = {rate: fmean(found) for rate, found in rates.items()}
+        near = [rate for rate in rates if means[rate] >= max(means.values()) - error]
+        chosen[start] = {"lr": min(near, key=float), "standard_error": error, "tried": means}
+    return chosen
