@@ -404,16 +404,19 @@ class Merge:
     factors: bool
 
 
-def random_updates(shape: tuple[int, int], rank: int, tasks: int) -> TaskVectors:
-    """Every task's LoRA pair of one module."""
+def random_updates(
+    shapes: Mapping[str, tuple[int, int]], rank: int, tasks: Sequence[str]
+) -> TaskVectors:
+    """Every task's LoRA pair of modules of these shapes (out, in)."""
     generator = torch.Generator().manual_seed(0)
-    out, width = shape
 
-    def pair() -> LoraPair:
+    def pair(out: int, width: int) -> LoraPair:
         A = torch.randn(rank, width, generator=generator) / width**0.5
         return LoraPair(A, torch.randn(out, rank, generator=generator) / 100, 2.0)
 
-    return TaskVectors.stack({f"task {number}": {"module": pair()} for number in range(tasks)})
+    return TaskVectors.stack(
+        {task: {module: pair(*shape) for module, shape in shapes.items()} for task in tasks}
+    )
 
 
 @torch.no_grad()
@@ -442,7 +445,7 @@ def count_merge(method: str, shapes: Mapping[tuple[int, int], int], rank: int, t
     """
     peak, disk, part = 0, 0, None
     for shape, modules in shapes.items():
-        vectors = random_updates(shape, rank, tasks)
+        vectors = random_updates({"module": shape}, rank, [*map(str, range(tasks))])
         with Meter() as meter:
             part = merge_one(method, vectors)
         peak = max(peak, meter.peak)

@@ -192,7 +192,7 @@ def check_solving(d: int = 2048, tasks: int = 8) -> Iterator[Check]:
 def check_merging(d: int = 2048, tasks: int = 8) -> Iterator[Check]:
     """One module of eight tasks."""
     for method in ("tsv", "ties", "emr", "fisher", "regmean"):
-        vectors = random_updates((d, d), RANK, tasks)
+        vectors = random_updates({"module": (d, d)}, RANK, [*map(str, range(tasks))])
         peak = growth(partial(merge_one, method, vectors))
         plan = count_merge(method, {(d, d): 1}, RANK, tasks).peak
         yield Check(f"{method}, {tasks} tasks, a module of {d} x {d}", plan, peak, MEMORY)

@@ -26,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 ARMS = ("ours", "run_glue", "release")
 RATE, EPOCHS, RANK, ALPHA, BATCH, LENGTH = 2e-3, 2, 8, 16, 32, 128
+HELD_OUT = 200
 
 
 def measure(arm: str, task: str, dtype: str, seed: int, examples: int) -> dict[str, float]:
@@ -37,6 +38,7 @@ def measure(arm: str, task: str, dtype: str, seed: int, examples: int) -> dict[s
         config = TrainConfig(
             backbone="minilm",
             tasks=[task],
+            init="gaussian",
             rank=RANK,
             alpha=ALPHA,
             epochs=EPOCHS,
@@ -44,7 +46,7 @@ def measure(arm: str, task: str, dtype: str, seed: int, examples: int) -> dict[s
             per_device_train_bsz=BATCH,
             max_seq_len=LENGTH,
             max_train_samples=examples,
-            max_eval_samples=200,
+            max_eval_samples=HELD_OUT,
             max_test_samples=1,
             dtype=dtype,
             seed=seed,

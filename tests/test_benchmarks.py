@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Trainer
 
 from osrm.adapters import WEIGHTS, save_adapter
 from osrm.checkpoints import load_adapters
@@ -42,6 +43,7 @@ def script(name: str):
 
 
 benchmark, merging, planning = script("starts"), script("merging"), script("plan")
+evaluation, training = script("evaluation"), script("training")
 
 
 @pytest.mark.parametrize(
@@ -135,6 +137,56 @@ def test_adapters_of_llama_have_its_shapes(tmp_path):
     merging.write_adapters("llama", 1, 2, tmp_path)
     updates = load_adapters({"rte": tmp_path / "rte"})
     assert {name: tuple(updates[name][0].shape) for name in updates} == merging.shapes("llama", 1)
+
+
+# ------------------------------------------------- evaluation and training
+
+FEW = "--models minilm --tasks stsb cola --grid 0.5 2 --examples 6 --repeats 1"
+
+
+def test_lending_and_reloading_are_compared_on_equal_scores(capsys, tmp_path):
+    evaluation.main([*FEW.split(), "--output", str(tmp_path / "found.json")])
+    (case,) = json.loads((tmp_path / "found.json").read_text())["cases"]
+    (place,), (loaded,) = case["seconds"].values()
+    assert 0 < place["predictions"] < place["all"] and 0 < loaded["predictions"] < loaded["all"]
+    assert capsys.readouterr().out.count("| minilm | 2 × 2 | 6 |") == 1
+
+
+def test_an_update_that_stays_in_the_model_stops_the_benchmark(monkeypatch):
+    @contextmanager
+    def kept(model, update):
+        for name in update:
+            evaluation.linear_weight(model, name).data += update[name]
+        yield
+
+    monkeypatch.setattr("osrm.commands.scoring.applied", kept)
+    with pytest.raises(SystemExit, match="is not as it was"):
+        evaluation.main(FEW.split())
+
+
+def test_the_arms_of_training_differ_in_padding_and_order_alone(monkeypatch):
+    """Each takes as many steps, of the same examples; the release's are all padded to the end."""
+    seen, step = {}, Trainer.training_step
+    for arm in training.ARMS:
+        shapes, rows = [], []
+
+        def noted(self, model, inputs, *rest, shapes=shapes, rows=rows):
+            shapes.append(tuple(inputs["input_ids"].shape))
+            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+                rows.append(tuple(ids[mask.bool()].tolist()))
+            return step(self, model, inputs, *rest)
+
+        monkeypatch.setattr(Trainer, "training_step", noted)
+        for name, value in {"BATCH": 4, "EPOCHS": 1, "HELD_OUT": 8}.items():
+            monkeypatch.setattr(training, name, value)
+        found = training.measure(arm, "cola", "float32", 0, 64)
+        assert found["examples_per_second"] > 0 and -1 <= found["score"] <= 1
+        seen[arm] = shapes, sorted(rows)
+    assert all(rows == seen["ours"][1] for _, rows in seen.values())
+    assert [len(shapes) for shapes, _ in seen.values()] == [16, 16, 16]
+    assert {width for _, width in seen["release"][0]} == {training.LENGTH}
+    tokens = {arm: sum(a * b for a, b in shapes) for arm, (shapes, _) in seen.items()}
+    assert tokens["ours"] < tokens["run_glue"] < tokens["release"]
 
 
 # ------------------------------------------------------------------- plan
