@@ -1,6 +1,7 @@
 """The page of a study out of its results: python reproduce/report.py reproduce/results/embedded
 
-Writes report.html, which needs nothing else, report.md for the README, and the plots beside them.
+Writes report.html, which needs nothing else, report.md, and the plots beside them; --readme also
+puts the tables that the README shows between its two markers.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Section:
     """What it is made of; all starts if it does not say."""
     short: bool = True
     """Whether it also stands in report.md."""
+    readme: bool = False
+    """Whether its tables also stand in the README."""
 
 
 def sections(study: Study) -> list[Section]:
@@ -64,6 +67,7 @@ def results(study: Study) -> list[Section]:
             " misses. What is known of the paper comes from third-party notes.",
             (claims.claim_table(study),),
             runs=tuple(dict.fromkeys([*study.starts, *sizes])),
+            readme=True,
         ),
         Section(
             "Which start, which method",
@@ -71,6 +75,7 @@ def results(study: Study) -> list[Section]:
             " deviation over the seeds. λ is chosen on held-out data. The constants answer all"
             " examples alike.",
             (tables.main_table(study),),
+            readme=True,
         ),
         Section(
             "Normalised average",
@@ -92,6 +97,7 @@ def results(study: Study) -> list[Section]:
             "Each task with its own adapter, × 100. The most frequent label, and the best constant,"
             " are what needs no model: by F1 the best constant may be the rarer label.",
             (tables.task_table(study, "individual"),),
+            readme=True,
         ),
         Section(
             "Task arithmetic, by task",
@@ -170,7 +176,8 @@ def rates(study: Study) -> list[Section]:
         Section(
             "The rate of each start",
             "Mean selection score × 100 on held-out data, with seeds that are not reported"
-            f" (hparams/{path.name}).",
+            f" (hparams/{path.name}). Chosen is the smallest rate whose mean is within one standard"
+            " error of the best; the error is pooled over all starts and rates.",
             (tables.rate_table(json.loads(path.read_text())),),
             short=False,
         )
@@ -182,6 +189,7 @@ VARIED = {
     "block": "The adapted projections.",
     "freeze": "A or B stays as it starts; B frozen is a trained head alone.",
     "rank": "The rank; alpha / rank stays 2.",
+    "rate": "lr2x: twice the rate that was chosen.",
     "features": "Which vectors count: every token, one mean an example, one mean a task.",
     "transform": "Finished LoRA adapters, moved: nullify is ours; project is the paper's, of an"
     " arbitrary A; release-project the published code's, its update alpha / rank times too large.",
@@ -249,7 +257,8 @@ ALWAYS = ("Seeds", "Model", "Dates", "Machine", "Versions")
 
 def moved(asked: dict[str, Any]) -> Iterable[tuple[str, str]]:
     """The variations of a question that have flags."""
-    return {**asked.get("vary", {}), **asked.get("transform", {})}.items()
+    rates = {name: f"--lr × {factor}" for name, factor in asked.get("multiply_lr", {}).items()}
+    return {**asked.get("vary", {}), **rates, **asked.get("transform", {})}.items()
 
 
 def versions(environment: dict[str, str]) -> str:
@@ -273,12 +282,31 @@ def markdown_page(study: Study, parts: list[Section]) -> str:
     lines += study.problems
     for part in parts:
         if part.short:
-            lines += [f"### {part.title}", part.note]
-            for head, *body in part.tables:
-                lines.append(markdown([head, ["---", *["---:"] * (len(head) - 1)], *body]))
+            lines += [f"### {part.title}", part.note, *markdown_tables(part)]
             if part.figure:
                 lines.append(f"![{part.title}]({part.figure})")
     return "\n\n".join(lines) + "\n"
+
+
+def markdown_tables(part: Section) -> list[str]:
+    """The tables of a section."""
+    return [
+        markdown([head, ["---", *["---:"] * (len(head) - 1)], *body]) for head, *body in part.tables
+    ]
+
+
+def with_results(readme: str, study: Study, parts: list[Section]) -> str:
+    """A README's text with the tables it shows, between its markers.
+
+    Raises:
+        UserError: it has no markers.
+    """
+    begin, end = (f"<!-- {each} of reproduce/results/{study.name} -->" for each in ("begin", "end"))
+    if not 0 <= readme.find(begin) < readme.find(end):
+        raise UserError(f"the README has no line {begin} with a line {end} below it")
+    shown = [text for part in parts if part.readme for text in (part.note, *markdown_tables(part))]
+    before, after = readme.split(begin)[0], readme.split(end)[1]
+    return "\n\n".join([before + begin, *shown, end + after])
 
 
 def html_page(study: Study, parts: list[Section]) -> str:
@@ -300,12 +328,14 @@ def html_page(study: Study, parts: list[Section]) -> str:
     )
 
 
-def write(directory: Path) -> None:
+def write(directory: Path, readme: Path | None = None) -> None:
     """Read, compute, write."""
     study = Study(directory)
     if not study.starts:
         raise UserError(f"{directory}: no <start>/<seed>.json in it; run the study first")
     parts = sections(study)
+    if readme:
+        write_text(readme, with_results(readme.read_text(encoding="utf-8"), study, parts))
     write_text(directory / "report.md", markdown_page(study, parts))
     write_text(directory / "report.html", html_page(study, parts))
 
@@ -314,7 +344,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, help="reproduce/results/<study>")
-    write(parser.parse_args().directory)
+    parser.add_argument("--readme", type=Path, help="also put tables between this file's markers")
+    given = parser.parse_args()
+    write(given.directory, given.readme)
 
 
 if __name__ == "__main__":

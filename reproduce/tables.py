@@ -25,7 +25,14 @@ PAIRS = [
     ("contrastive", "orthogonal"),
     ("contrastive", "analytical"),
 ]
-PLAIN = {"samples": "k100", "block": "qv", "freeze": "none", "rank": "rank8", "features": "token"}
+PLAIN = {
+    "samples": "k100",
+    "block": "qv",
+    "freeze": "none",
+    "rank": "rank8",
+    "rate": "of the chosen rate",
+    "features": "token",
+}
 """What the plain run of a start is called among the variations of a question."""
 
 

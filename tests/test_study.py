@@ -265,6 +265,31 @@ def test_the_page_needs_nothing_else_and_says_what_its_pictures_show(results):
     assert "some-model" in html and "viewport" in html and "@media print" in html
 
 
+def test_the_readme_shows_the_tables_of_its_results_between_the_markers(results, tmp_path):
+    readme = tmp_path / "README.md"
+    begin, end = (
+        f"<!-- {each} of reproduce/results/{results.name} -->" for each in ("begin", "end")
+    )
+    readme.write_text(f"# Mine\n\n{begin}\nold\n{end}\n")
+    for _ in range(2):  # what stands there is replaced
+        report.write(results, readme)
+        text = readme.read_text()
+        study = Study(results)
+        shown = [claims.claim_table(study), tables.main_table(study)]
+        shown.append(tables.task_table(study, "individual"))
+        for head, *lines in shown:
+            assert (
+                text.count(report.markdown([head, ["---", *["---:"] * (len(head) - 1)], *lines]))
+                == 1
+            )
+        assert text.startswith("# Mine\n") and "old" not in text
+        assert text.endswith(f"{end}\n")
+    readme.write_text("# Mine\n")
+    with pytest.raises(report.UserError, match="has no line"):
+        report.write(results, readme)
+    assert readme.read_text() == "# Mine\n"
+
+
 def test_every_number_of_the_main_table_follows_from_the_records(results):
     study = Study(results)
     head, *lines = tables.main_table(study)
