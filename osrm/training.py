@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import signal
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -109,7 +110,13 @@ class TaskTrainer(Trainer):
         unfinished = Path(self.args.output_dir) / UNFINISHED
         if processes.is_first():
             write_text(unfinished, f"checkpoint-{self.state.global_step}")
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except RuntimeError:
+            # torch.save does not say why it could not write; a file that is written here does.
+            with tempfile.TemporaryFile(dir=self.args.output_dir) as probe:
+                probe.write(bytes(2**20))
+            raise
         processes.barrier()
         if processes.is_first():
             unfinished.unlink()

@@ -75,6 +75,15 @@ def test_a_run_killed_in_any_phase_ends_as_if_left_alone():
     subprocess.run(command, cwd=ROOT, check=True, timeout=600, capture_output=True)
 
 
+def test_a_full_or_read_only_disk_is_one_line_and_nothing_is_lost():
+    """On real file systems: `tests.full_disk`."""
+    own = ["unshare", "--mount", "--map-root-user"]
+    if subprocess.run([*own, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this system lets no one mount a file system of their own")
+    command = [*own, sys.executable, "-m", "tests.full_disk"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=600, capture_output=True)
+
+
 def test_a_killed_checkpoint_is_not_gone_on_from(tiny, tiny_data, tmp_path, monkeypatch):
     """Of a run that was killed while it saved, the checkpoint before counts."""
     settings = {"tasks": ["rte"], "epochs": 3}
