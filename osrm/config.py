@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -358,8 +359,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON: of two values with the same key, the first would be lost silently."""
     content = dict(pairs)
     if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = max(keys, key=keys.count)
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"{twice!r} occurs twice")
     return content
 

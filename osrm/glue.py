@@ -239,9 +239,13 @@ def _load_folder(folder: Path, splits: Iterable[str]) -> Mapping[str, Dataset]:
         try:
             # In memory: else what is derived from it is cached in the user's own folder.
             saved = DatasetDict.load_from_disk(str(folder), keep_in_memory=True)
+            for split in saved.values():
+                split.data.validate(full=True)  # a forged one would crash Python later
             # All columns, as Python's objects, whatever format they were saved with.
             return saved.with_format(None)
-        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        except (
+            *(OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError),
+        ) as error:
             raise UserError(
                 f"{folder}: not readable as a save_to_disk folder ({first_line(error)}); save it"
                 " again"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from osrm.config import MergeConfig, TrainConfig, derive_seed, parse, per_task
+from osrm.config import MergeConfig, TrainConfig, derive_seed, parse, per_task, read_json
 from osrm.errors import UserError
 from osrm.glue import TASKS
 from osrm.runs import run_dir, run_name
@@ -286,3 +286,11 @@ def test_table_names_every_problem_at_once(tmp_path):
         per_task(path, "--load-epochs", ["rte", "cola", "mrpc"], int)
     for words in ("--load-epochs", str(path), "'rte'", "'cola'", "'mrpc'"):
         assert words in str(caught.value)
+
+
+def test_a_key_that_occurs_twice_is_found_among_many(tmp_path):
+    """In seconds: comparing each with each would take an hour."""
+    keys = [*map(str, range(200_000)), "7"]
+    (tmp_path / "many.json").write_text("{" + ", ".join(f'"{key}": 1' for key in keys) + "}")
+    with pytest.raises(UserError, match="'7' occurs twice"):
+        read_json(tmp_path / "many.json", "--load-epochs")

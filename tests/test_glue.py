@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -236,6 +237,25 @@ def test_nothing_is_written_beside_the_data(tmp_path, tiny):
     data = split_task(load_task(TASKS["sst2"], str(tmp_path)), seed=0, max_train=5)
     tokenize(data.train, TASKS["sst2"], load_tokenizer(find_backbone(str(tiny["bert"]))), 16)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("offsets", "text"),
+    [([0, 3, 9_999_999, 9], b"abcdefghi"), ([0, 3, 6, 9], b"\xff\xfe\xfddefghi")],
+    ids=["beyond the text", "no UTF-8"],
+)
+def test_a_forged_save_to_disk_folder_is_one_line(tmp_path, offsets, text):
+    """Arrow's own reader believes the offsets of a file: Python would crash."""
+    good = Dataset.from_dict({"sentence": ["abc", "def", "ghi"], "label": [0, 1, 0]})
+    DatasetDict({"train": good, "validation": good}).save_to_disk(tmp_path / "sst2")
+    (path,) = (tmp_path / "sst2" / "train").glob("*.arrow")
+    table = pa.ipc.open_stream(path).read_all()
+    buffers = [None, pa.py_buffer(np.array(offsets, np.int32)), pa.py_buffer(text)]
+    forged = table.set_column(0, "sentence", pa.Array.from_buffers(pa.string(), 3, buffers))
+    with pa.ipc.new_stream(str(path), forged.schema) as file:
+        file.write_table(forged)
+    with pytest.raises(UserError, match="not readable as a save_to_disk folder"):
+        load_task(TASKS["sst2"], str(tmp_path))
 
 
 @pytest.mark.parametrize("mismatched", [True, False])
