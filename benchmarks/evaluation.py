@@ -55,13 +55,13 @@ class Timed(Evaluation):
 
 def prepare(name: str, tasks: list[str], examples: int, folder: Path) -> Timed:
     """The model, in `folder` if its weights are random, and `examples` sentences of each task."""
-    minilm = find_backbone("minilm")
-    tokenizer = load_tokenizer(minilm)
-    backbone = minilm
+    backbone = find_backbone("minilm")
+    tokenizer = load_tokenizer(backbone)
     if name != "minilm":
         torch.manual_seed(0)
-        pretrained(CONFIGS[name], torch.float32, "cpu").save_pretrained(folder / name)
+        pretrained(CONFIGS[name], torch.float32, "cpu").base_model.save_pretrained(folder / name)
         backbone = find_backbone(str(folder / name))
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]  # RoBERTa has one token type
     splits = {}
     for task in tasks:
         part = load_task(TASKS[task], "mini-glue", validation_only=True)["validation"]

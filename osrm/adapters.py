@@ -374,26 +374,35 @@ def applied(model: nn.Module, update: Mapping[str, Float[Tensor, "out in"]]) -> 
     Raises:
         ValueError: the update names a layer that the model lacks, or of another shape.
     """
-    kept: dict[str, Tensor] = {}
+    kept: list[tuple[Tensor, Tensor]] = []
     try:
         for name in update:
-            weight, delta = linear_weight(model, name), update[name]
+            parameter, delta = linear_parameter(model, name), update[name]
+            weight = parameter.data if parameter.ndim == 2 else parameter.data[:, None]
             if weight.shape != delta.shape:
                 raise ValueError(f"{name}: update {tuple(delta.shape)} on {tuple(weight.shape)}")
-            kept[name] = weight.detach().clone()
-            merged = weight.detach().float() + delta.to(weight.device, torch.float32)
-            weight.data.copy_(merged)
+            # Another tensor takes the place of the model's own, which nobody writes to.
+            kept.append((parameter, parameter.data))
+            merged = weight.float() + delta.to(weight.device, torch.float32)
+            parameter.data = merged.to(weight.dtype).view_as(parameter)
         yield
     finally:
-        for name, original in kept.items():
-            linear_weight(model, name).data.copy_(original)
+        for parameter, own in reversed(kept):
+            parameter.data = own
 
 
 def linear_weight(model: nn.Module, name: str) -> Tensor:
     """What an update of this name is added to, to be changed in place.
 
     That is the weight (out, in) of the linear layer `name`, or, for "X.bias", the bias of the
-    linear layer X, seen as a matrix (out, 1).
+    linear layer X, seen as a matrix (out, 1). Raises like `linear_parameter`.
+    """
+    parameter = linear_parameter(model, name)
+    return parameter if parameter.ndim == 2 else parameter[:, None]
+
+
+def linear_parameter(model: nn.Module, name: str) -> Tensor:
+    """The weight of the linear layer `name`, or, for "X.bias", the bias of the linear layer X.
 
     Raises:
         ValueError: the model has no such layer, or it has no bias.
@@ -409,7 +418,7 @@ def linear_weight(model: nn.Module, name: str) -> Tensor:
         return module.weight
     if module.bias is None:
         raise ValueError(f"the linear layer {layer} of {type(model).__name__} has no bias")
-    return module.bias[:, None]
+    return module.bias
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ python train_glue.py --backbone minilm --max-seq-len 64 --feature-bank bank --on
 python reproduce/epsilon.py bank
 """
 
-import sys
+import argparse
 from functools import reduce
 from itertools import combinations
 from operator import add
@@ -51,4 +51,6 @@ def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bank", type=Path, help="what --feature-bank wrote")
+    main(parser.parse_args().bank)

@@ -189,6 +189,20 @@ def test_the_arms_of_training_differ_in_padding_and_order_alone(monkeypatch):
     assert tokens["ours"] < tokens["run_glue"] < tokens["release"]
 
 
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("training", lambda found: training.table(found["tasks"])),
+        ("evaluation", lambda found: evaluation.table(found["cases"])),
+    ],
+)
+def test_the_readme_has_the_numbers_of_the_results(name, rows):
+    found = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
+    readme = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+    _, _, *lines = rows(found).splitlines()
+    assert lines and all(line in readme for line in lines)
+
+
 # ------------------------------------------------------------------- plan
 
 TINY = {family: copy.deepcopy(CONFIGS[family]) for family in ("roberta", "llama")}

@@ -60,7 +60,7 @@ def check(command: str, monkeypatch, tmp_path) -> None:
         parse(TrainConfig, None, arguments)
     elif script == "merge.py":
         parse(MergeConfig, None, arguments)
-    elif script.startswith("benchmarks/"):
+    elif script.startswith(("benchmarks/", "reproduce/")):
         found = subprocess.run(
             [sys.executable, script, *arguments, "--help"],
             cwd=ROOT,
