@@ -290,6 +290,19 @@ def test_the_readme_shows_the_tables_of_its_results_between_the_markers(results,
     assert readme.read_text() == "# Mine\n"
 
 
+def test_the_readme_has_the_tables_of_the_committed_results():
+    """Those without intervals made anew; the others as the report has them."""
+    directory = ROOT / "reproduce" / "results" / "embedded"
+    begin, end = (f"<!-- {each} of reproduce/results/embedded -->" for each in ("begin", "end"))
+    shown = (ROOT / "README.md").read_text().split(begin)[1].split(end)[0]
+    kept = (directory / "report.md").read_text()
+    assert all(part in kept for part in shown.strip().split("\n\n"))
+    study = Study(directory)
+    for table in (tables.main_table(study), tables.task_table(study, "individual")):
+        part = report.Section("", "", (table,))
+        assert report.markdown_tables(part)[0] in shown
+
+
 def test_every_number_of_the_main_table_follows_from_the_records(results):
     study = Study(results)
     head, *lines = tables.main_table(study)
