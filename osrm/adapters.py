@@ -365,26 +365,39 @@ def _of_layer(name: str, pattern: Mapping[str, Any], default: Any) -> Any:
 
 
 @contextmanager
-def applied(model: nn.Module, update: Mapping[str, Float[Tensor, "out in"]]) -> Iterator[None]:
+def applied(
+    model: nn.Module,
+    update: Mapping[str, Float[Tensor, "out in"]],
+    memory: dict[str, Tensor] | None = None,
+) -> Iterator[None]:
     """Lend a model (without LoRA) the update ΔW of its linear layers: W0 + ΔW inside `with`.
 
     An update named "X.bias", of shape (out, 1), is that of the bias of the layer X. On exit, even
     after an error, weights and biases are as before, bit for bit.
 
+    Args:
+        memory: {name: where W0 + ΔW is written}, kept for the model's next update: to write to
+            memory that is new takes longer than all the rest. At first it is empty.
+
     Raises:
         ValueError: the update names a layer that the model lacks, or of another shape.
     """
+    memory = {} if memory is None else memory
     kept: list[tuple[Tensor, Tensor]] = []
     try:
         for name in update:
             parameter, delta = linear_parameter(model, name), update[name]
-            weight = parameter.data if parameter.ndim == 2 else parameter.data[:, None]
-            if weight.shape != delta.shape:
-                raise ValueError(f"{name}: update {tuple(delta.shape)} on {tuple(weight.shape)}")
+            own = parameter.data
+            if _matrix(own).shape != delta.shape:
+                raise ValueError(f"{name}: update {tuple(delta.shape)} on {tuple(own.shape)}")
+            if name not in memory:
+                memory[name] = torch.empty_like(own)
+            # Added as float32, whatever the weights are, and rounded once.
+            delta = delta.to(own.device, torch.float32)
+            torch.add(_matrix(own), delta, out=_matrix(memory[name]))
             # Another tensor takes the place of the model's own, which nobody writes to.
-            kept.append((parameter, parameter.data))
-            merged = weight.float() + delta.to(weight.device, torch.float32)
-            parameter.data = merged.to(weight.dtype).view_as(parameter)
+            kept.append((parameter, own))
+            parameter.data = memory[name]
         yield
     finally:
         for parameter, own in reversed(kept):
@@ -397,7 +410,11 @@ def linear_weight(model: nn.Module, name: str) -> Tensor:
     That is the weight (out, in) of the linear layer `name`, or, for "X.bias", the bias of the
     linear layer X, seen as a matrix (out, 1). Raises like `linear_parameter`.
     """
-    parameter = linear_parameter(model, name)
+    return _matrix(linear_parameter(model, name))
+
+
+def _matrix(parameter: Tensor) -> Tensor:
+    """A weight as it is, a bias as a column."""
     return parameter if parameter.ndim == 2 else parameter[:, None]
 
 

@@ -13,6 +13,7 @@ heads/<task>.safetensors    the task's own trained head
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,12 @@ def _file(number: int) -> str:
 class MergedUpdate(Mapping[str, Tensor]):
     """The update that one task receives, read from disk one module at a time."""
 
-    def __init__(self, directory: Path, task: str) -> None:
-        """Raises UserError if the directory holds no merged model, or not of this task."""
-        self.directory, self.task = directory, task
+    def __init__(self, directory: Path, task: str, scale: float = 1.0) -> None:
+        """`scale` times what was merged.
+
+        Raises UserError if the directory holds no merged model, or not of this task.
+        """
+        self.directory, self.task, self.scale = directory, task, scale
         recipe = read_json(directory / RECIPE, "merged model")
         if task not in recipe["tasks"]:
             raise UserError(f"{directory}: merged from {list(recipe['tasks'])}, not '{task}'")
@@ -128,8 +132,13 @@ class MergedUpdate(Mapping[str, Tensor]):
         return row(self.part(module), list(self.recipe["tasks"]).index(self.task))
 
     def part(self, module: str) -> Part:
-        """What all tasks receive in one module, as it is stored."""
-        return _part(load_file(self.directory / "updates" / _file(self.numbers[module])))
+        """What all tasks receive in one module, in the form in which it is stored."""
+        part = _part(load_file(self.directory / "updates" / _file(self.numbers[module])))
+        if isinstance(part, LoraPair):
+            return replace(part, scaling=self.scale * part.scaling)
+        if isinstance(part, Masked):
+            return replace(part, rescaler=self.scale * part.rescaler)
+        return part.mul_(self.scale)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.numbers)

@@ -234,6 +234,27 @@ def test_a_freed_weight_comes_back_after_an_error(tiny):
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_updates_lent_in_turn_share_memory_and_leave_nothing_behind(tiny, dtype):
+    """W0 + ΔW is added in float32 and rounded once, whatever lay in the memory."""
+    model = load(tiny["roberta"]).to(dtype)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    weight, bias = projections(model, "q", 2)[0], projections(model, "q", 2)[0] + ".bias"
+    memory, places = {}, set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        update = {weight: torch.randn(32, 32), bias: torch.randn(32, 1)}
+        with applied(model, update, memory):
+            state = model.state_dict()
+            lent, lent_bias = state[weight + ".weight"], state[bias]
+            wanted = (before[weight + ".weight"].float() + update[weight]).to(dtype)
+            wanted_bias = (before[bias].float() + update[bias][:, 0]).to(dtype)
+            assert torch.equal(lent, wanted) and torch.equal(lent_bias, wanted_bias)
+            places.add((lent.data_ptr(), lent_bias.data_ptr()))
+        assert all(torch.equal(each, before[key]) for key, each in model.state_dict().items())
+    assert len(places) == 1 and set(memory) == {weight, bias}
+
+
 def test_freezing_and_precision(tiny):
     """What is trained is float32 on bfloat16 weights; --freeze A or B holds that factor alone."""
     for freeze, held in (("N", ()), ("A", ("lora_A",)), ("B", ("lora_B",))):

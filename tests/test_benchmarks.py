@@ -154,7 +154,7 @@ def test_lending_and_reloading_are_compared_on_equal_scores(capsys, tmp_path):
 
 def test_an_update_that_stays_in_the_model_stops_the_benchmark(monkeypatch):
     @contextmanager
-    def kept(model, update):
+    def kept(model, update, memory):
         for name in update:
             evaluation.linear_weight(model, name).data += update[name]
         yield

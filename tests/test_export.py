@@ -356,19 +356,20 @@ PARTS = {
 }
 
 
-def test_parts_on_disk_read_back_equal(tmp_path):
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_parts_on_disk_read_back_equal_and_scaled(scale, tmp_path):
     save_parts(tmp_path / "merged", PARTS)
     before = Merged(PARTS, list(TASKS))
     for number, task in enumerate(TASKS):
-        saved = MergedUpdate(tmp_path / "merged", task)
+        saved = MergedUpdate(tmp_path / "merged", task, scale)
         assert list(saved) == list(PARTS)
         for module, part in PARTS.items():
             assert type(saved.part(module)) is type(part)
-            wanted = row(part, number)
-            assert saved[module].dtype == wanted.dtype
-            rounding = 1e-15 if wanted.dtype == torch.float64 else 1e-6
-            torch.testing.assert_close(saved[module], wanted, rtol=rounding, atol=rounding)
-            torch.testing.assert_close(before[module][number], wanted, rtol=0, atol=0)
+            whole = row(part, number)
+            torch.testing.assert_close(before[module][number], whole, rtol=0, atol=0)
+            rounding = 1e-15 if whole.dtype == torch.float64 else 1e-6
+            # Of one dtype, too.
+            torch.testing.assert_close(saved[module], scale * whole, rtol=rounding, atol=rounding)
     assert {path.name for path in tmp_path.iterdir()} == {"merged"}
 
 

@@ -24,7 +24,7 @@ from osrm.errors import UserError
 from osrm.evaluation import Predictions, predict_splits, scores
 from osrm.glue import TASKS, fingerprint, load_task, split_task, tokenize, validation_splits
 from osrm.merged import MergedUpdate
-from osrm.merging import METHODS, Lazy, row
+from osrm.merging import METHODS, row
 from osrm.runs import peak_memory, reset_peak_memory, write_json, write_text
 from osrm.task_vectors import TaskVectors, dense
 
@@ -256,21 +256,15 @@ def held_out_scores(
     model = evaluation.model(task)
     load_head(model, head)
     found: dict[str, list[float]] = {method: [] for method in methods}
+    memory: dict[str, Tensor] = {}
     for method in methods:
-        update = MergedUpdate(merged / method, task)
         for scale in grid:
-            # Bound now: a lambda would see the loop's later values.
-            rescaled = Lazy(update, partial(_times, update, scale))
-            with applied(model, rescaled):
+            with applied(model, MergedUpdate(merged / method, task, scale), memory):
                 title = f"{task}: {method}, λ = {scale:g}"
                 predictions = evaluation.predict(model, task, evaluation.held_out, title)
             metrics = scores(TASKS[task], predictions)
             found[method].append(metrics[f"eval_{TASKS[task].score}"])
     return found
-
-
-def _times(update: Mapping[str, Tensor], scale: float, module: str) -> Tensor:
-    return scale * update[module]
 
 
 def choose_scale(grid: list[float], scores: dict[str, list[float]]) -> Search:
@@ -299,17 +293,18 @@ def evaluate_all(
         model = evaluation.model(name)
         load_head(model, checkpoint.head)
         own = {module: dense(update) for module, update in checkpoint.updates.items()}
+        memory: dict[str, Tensor] = {}
         for line in found:
             update: Mapping[str, Tensor]
             if line in methods:
                 update = MergedUpdate(merged / line, name)
             else:
                 update = own if line == "individual" else {}
-            with applied(model, update):
+            with applied(model, update, memory):
                 found[line][name] = evaluation.predict(
                     model, name, evaluation.reported, f"{name}: {line}"
                 )
-        del model, own  # or they would lie beside the next ones
+        del model, own, memory  # or they would lie beside the next ones
     return found
 
 
