@@ -50,7 +50,8 @@ def test_train_merge_and_load(trained, tmp_path):
 
     paths = trained / f"load_model_path-{name}.json"
     out = tmp_path / "merged"
-    table = script("merge.py", "--load-model-path", paths, "--output-dir", out)
+    methods = ["--methods", "task_arithmetic", "regmean", "emr"]
+    table = script("merge.py", "--load-model-path", paths, *methods, "--output-dir", out)
     assert "| analytical | individual" in table and "emr" in table
     rows = {row["name"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
     assert rows["individual"]["normalised_average"] == pytest.approx(1)

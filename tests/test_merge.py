@@ -50,6 +50,9 @@ def runs(request, tiny, tiny_data, tmp_path_factory):
     return config
 
 
+of_one_family = pytest.mark.parametrize("runs", ["roberta"], indirect=True)
+
+
 def directories(config: TrainConfig, below: str = "") -> dict[str, str]:
     return {task: str(run_dir(config, task) / below) for task in NAMES}
 
@@ -66,6 +69,7 @@ def merged(config, tmp_path, name="out", **options) -> Path:
     return tmp_path / name
 
 
+@of_one_family
 def test_one_model_is_in_memory_at_a_time(runs, tmp_path, monkeypatch):
     """Of the many that are loaded one after the other, for statistics, λ and scores."""
     alive = []
@@ -258,6 +262,7 @@ def test_the_recipe_says_what_went_in(runs, tmp_path):
     assert "torch" in recipes["ties"]["environment"]
 
 
+@of_one_family
 def test_flags_override_the_runs_own_settings(runs, tmp_path):
     out = merged(runs, tmp_path, methods=["average"], max_test_samples=5)
     results = json.loads((out / "results.json").read_text())
@@ -266,6 +271,7 @@ def test_flags_override_the_runs_own_settings(runs, tmp_path):
     assert results["rows"][0]["metrics"]["rte"]["eval_samples"] == 5
 
 
+@of_one_family
 def test_a_search_scores_what_selected_the_runs_best_epoch(runs, tmp_path):
     """One task with λ = 1 is its own adapter: its held-out score stands in the run's metrics."""
     for task in NAMES:
@@ -331,6 +337,7 @@ def test_any_peft_adapter_will_do(tiny, tmp_path):
         load_merged(out / "task_arithmetic", "rte")
 
 
+@of_one_family
 def test_the_report_joins_several_merges(runs, tmp_path, monkeypatch, capsys):
     first = merged(runs, tmp_path, "a", methods=["average"])
     other = json.loads((first / "results.json").read_text()) | {"init": "analytical"}
