@@ -33,6 +33,7 @@ def trained(tmp_path_factory) -> Path:
     arguments += ["--epochs", "2", "--lr", "3e-3", "--per-device-train-bsz", "32"]
     arguments += ["--max-train-samples", "640", "--max-eval-samples", "100"]
     arguments += ["--max-test-samples", "200", "--output-dir", str(out)]
+    arguments += ["--dtype", "bfloat16"]
     script("train_glue.py", *arguments)
     script("train_glue.py", *arguments, "--resume")  # finished: nothing is done again
     assert "--resume" in script("train_glue.py", *arguments, fails=True)
@@ -50,8 +51,8 @@ def test_train_merge_and_load(trained, tmp_path):
 
     paths = trained / f"load_model_path-{name}.json"
     out = tmp_path / "merged"
-    methods = ["--methods", "task_arithmetic", "regmean", "emr"]
-    table = script("merge.py", "--load-model-path", paths, *methods, "--output-dir", out)
+    options = ["--methods", "task_arithmetic", "regmean", "emr", "--eval-dtype", "bfloat16"]
+    table = script("merge.py", "--load-model-path", paths, *options, "--output-dir", out)
     assert "| analytical | individual" in table and "emr" in table
     rows = {row["name"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
     assert rows["individual"]["normalised_average"] == pytest.approx(1)

@@ -46,7 +46,7 @@ for each, dense (task, out, in) or masked."""
 def row(part: Part, task: int) -> Float[Tensor, "out in"]:
     """What the task with this number receives, dense."""
     if isinstance(part, LoraPair):
-        return (part.scaling * part.B) @ part.A
+        return (part.B @ part.A).mul_(part.scaling)
     if isinstance(part, Masked):
         return part.row(task)
     return part if part.ndim == 2 else part[task]
