@@ -92,7 +92,10 @@ def _cholesky_solve(factor: Float[Tensor, "n n"], x: Float[Tensor, "n k"]) -> Te
 
 
 def _gram(rows: Float[Tensor, "n d"], width: int = 256) -> Float[Tensor, "d d"]:
-    """Σ x xᵀ in float64: only one triangle is multiplied out, in stripes of `width` rows."""
+    """Σ x xᵀ in float64: only one triangle is multiplied out, in stripes of `width` rows.
+
+    Symmetric to the last bit: not every processor's kernels make the squares on the diagonal so.
+    """
     rows = rows.to(torch.float64)
     gram = rows.new_empty(2 * rows.shape[1:])
     for start in range(0, len(gram), width):
@@ -100,6 +103,7 @@ def _gram(rows: Float[Tensor, "n d"], width: int = 256) -> Float[Tensor, "d d"]:
         product = rows[:, stripe].T @ rows[:, start:]
         gram[stripe, start:] = product
         gram[start:, stripe] = product.T
+        gram[stripe, stripe] = product[:, :width].tril() + product[:, :width].tril(-1).T
     return gram
 
 
