@@ -99,11 +99,11 @@ def _gram(rows: Float[Tensor, "n d"], width: int = 256) -> Float[Tensor, "d d"]:
     rows = rows.to(torch.float64)
     gram = rows.new_empty(2 * rows.shape[1:])
     for start in range(0, len(gram), width):
-        stripe = slice(start, start + width)
-        product = rows[:, stripe].T @ rows[:, start:]
-        gram[stripe, start:] = product
-        gram[start:, stripe] = product.T
-        gram[stripe, stripe] = product[:, :width].tril() + product[:, :width].tril(-1).T
+        stripe, after = slice(start, start + width), slice(start + width, None)
+        torch.mm(rows[:, stripe].T, rows[:, start:], out=gram[stripe, start:])
+        gram[after, stripe] = gram[stripe, after].T
+        square = gram[stripe, stripe].tril_()
+        square += square.tril(-1).T
     return gram
 
 
