@@ -156,19 +156,23 @@ def difference_table(study: Study) -> Table:
 
 
 def contrasts(question: str) -> list[tuple[str, str]]:
-    """What a question compares: each variation with the plain run, and each start with LoRA.
+    """What a question compares: each variation with the plain run, and the starts in `PAIRS`.
 
-    Other numbers of tasks are other examples, so only the starts are compared there. What LoRA
-    does not depend on, such as the features, is compared with its plain run.
+    Other numbers of tasks are other examples, so only the starts are compared there. LoRA's plain
+    run stands for those that it does not depend on, such as the features.
     """
     asked, found = QUESTIONS[question], []
     for run in varied_runs(question):
-        start, _, variation = run.partition("+")
+        start, plus, variation = run.partition("+")
         if variation and "subsets" not in asked:
             found.append((run, start))
-        if start != "gaussian":
-            varies = variation and "gaussian" in asked["starts"]
-            found.append((run, f"gaussian+{variation}" if varies else "gaussian"))
+        if start == "gaussian":
+            continue
+        for other in dict.fromkeys(["gaussian", *(b for a, b in PAIRS if a == start)]):
+            if other in asked["starts"]:
+                found.append((run, other + plus + variation))
+            elif other == "gaussian":
+                found.append((run, other))
     return found
 
 
