@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +28,7 @@ pytest.importorskip("snakemake")
 
 sys.path.insert(0, str(ROOT / "reproduce"))
 
-from plan import SCIENCE, STUDIES, chosen_rates
+from plan import SCIENCE, STUDIES, chosen_rates, runs
 
 QUESTIONS = ["methods", *SCIENCE["questions"]]
 HUB = [name for name in STUDIES if "minilm" not in STUDIES[name]["flags"]]
@@ -128,6 +131,24 @@ def test_finished_runs_of_another_machine_are_not_run_again(tree):
     found = workflow("--dry-run", "--cores", "1", "embedded_smoke_samples", cwd=tree)
     assert found.returncode == 0 and "rule train:" not in found.stdout
     assert "rule tune:" not in found.stdout and "rule merge:" not in found.stdout
+
+
+def test_a_fresh_clone_with_all_results_lacks_the_page_alone(tree):
+    """Whichever of these files its checkout wrote first."""
+    study = "embedded_smoke"
+    setting = STUDIES[study]
+    tuned = product(setting["starts"], setting["tune"]["rates"], setting["tune"]["seeds"])
+    names = [f"{run}.{end}" for run in runs(study) for end in ("json", "parquet")]
+    for name in [*names, *(f"tune/{start}/{rate}/{seed}.json" for start, rate, seed in tuned)]:
+        path = tree / "reproduce/results" / study / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    chosen = tree / f"hparams/lr_{study}.json"
+    chosen.touch()
+    for age in (60, 0):
+        os.utime(chosen, (time.time() - age,) * 2)
+        found = workflow("--dry-run", "--cores", "1", study, cwd=tree)
+        assert re.findall(r"^rule (\w+):", found.stdout, re.M) == ["report", study], age
 
 
 def test_what_lasts_of_a_run_is_what_its_merge_and_training_said(tiny, tiny_data, tmp_path):
