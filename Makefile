@@ -1,5 +1,7 @@
 # make demo   train four tasks from two starts, merge them, print the table
-# make test   the whole test suite
+# make test   everything that a change can break, in five minutes
+# make test-all  the sweeps, too: generated cases, kills, full disks
+# make docs   the manual as a site, in site/
 # make smoke  the workflow of the studies, end to end in minutes
 # All set up .venv first. PYTHON=python3.12 make demo takes another interpreter.
 
@@ -15,7 +17,11 @@ TRAIN := --backbone minilm --tasks $(TASKS) --other-tasks $(TASKS) --epochs 2 --
 	--max-test-samples 200 --output-dir $(DEMO) --resume
 METHODS := average task_arithmetic ties emr
 
-.PHONY: demo test check smoke install
+# Each worker begins with half of the files, so that a file's fixtures are made once; who is done
+# takes from the other's end.
+PYTEST := $(PY) -m pytest -n 2 --dist worksteal
+
+.PHONY: demo test test-all check docs smoke install
 
 demo: install
 	$(PY) train_glue.py $(TRAIN) --init gaussian
@@ -27,16 +33,22 @@ demo: install
 	$(PY) -m osrm.report $(DEMO)/merged-gaussian/results.json \
 		$(DEMO)/merged-contrastive/results.json --output-dir $(DEMO)/report
 	@echo "The table is $(DEMO)/report/table.md, the plot $(DEMO)/report/plot.png. Next:" \
-		"README.md, 'Train': all eight tasks, your own data, GLUE."
+		"docs/train.md: all eight tasks, your own data, GLUE."
 
 test: install
-	$(PY) -m pytest -n 2
+	$(PYTEST)
+
+test-all: install
+	$(PYTEST) -m ""
 
 check: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m pip check
+
+docs: install
+	$(PY) -m mkdocs build --strict
 
 smoke: install
 	PATH="$(CURDIR)/.venv/bin:$$PATH" snakemake --snakefile reproduce/Snakefile --cores 2 embedded_smoke

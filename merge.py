@@ -1,21 +1,9 @@
-"""Merge the adapters of several tasks into one model, and score it on each of them.
-
-python merge.py --load-model-path load_model_path.json --methods task_arithmetic ties emr
-"""
+"""Merge the adapters of several tasks into one model, and score it: see --help and README.md."""
 
 import sys
 
-from osrm.config import MergeConfig, parse
-from osrm.errors import run_script
-
-
-def main() -> None:
-    """Read the flags, then merge."""
-    config = parse(MergeConfig, __doc__)
-    from osrm.commands.merge import run  # late: --help need not wait for torch
-
-    run(config)
-
+from osrm.cli import merge as main  # noqa: F401
+from osrm.cli import osrm_merge
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(osrm_merge())

@@ -1,56 +1,56 @@
-"""How fast T tasks are scored with L values of λ: one model that is lent every update, or reloads.
+"""How fast T tasks are scored with L values of λ: one model for all of them, or a reload for each.
 
     python benchmarks/evaluation.py --output benchmarks/results/evaluation.json
 
-`merge.py --search` loads a task's model once and lends it one update after the other, in place.
-The peer is the same code, given one λ at a time: it loads the model for each. Both get the same
-merge (task arithmetic of random adapters), heads and real sentences, and take turns. The benchmark
-stops unless their scores are the same, and every weight that was lent an update ends as it began.
+`merge.py --search` loads a task's model once and applies one update after the other in place. The
+peer is the same code with one λ at a time: it loads the model for each. Both get the same merge
+(task arithmetic of random adapters), heads and real sentences, and take turns. The benchmark stops
+if their scores differ, or if a weight is not restored bit for bit.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import pandas as pd
 import torch
-from counting import CONFIGS, pretrained, random_updates
+from common import flags, measured, parse, report, roberta_config, table
+from merging import ours, write_adapters
+from transformers import RobertaModel
 
-from osrm.adapters import linear_weight
 from osrm.backbones import find_backbone, head_names, load_tokenizer, projections
-from osrm.commands.scoring import Evaluation, held_out_scores
-from osrm.glue import TASKS, load_task, tokenize
-from osrm.merged import MergedUpdate, save_merged
-from osrm.merging import METHODS, merge
-from osrm.runs import environment, write_json
+from osrm.commands.merger import held_out_scores
+from osrm.data import TaskData, load_task
+from osrm.glue import TASKS
+from osrm.lending import linear_weight
+from osrm.merged import MergedUpdate
+from osrm.session import Session
 
 METHOD, RANK = "task_arithmetic", 8
 
 
 @dataclass(frozen=True)
-class Timed(Evaluation):
-    """Notes how long each prediction took, and the models."""
+class Timed(Session):
+    """Notes how long each prediction took, and the last model."""
 
     predicting: list[float]
     models: list[Any]
 
-    def model(self, task: str) -> Any:
-        """The pre-trained model, of which the last one is kept."""
-        self.models[:] = [super().model(task)]
+    def model(self, *args: Any) -> Any:
+        """The pre-trained model."""
+        self.models[:] = [super().model(*args)]
         return self.models[0]
 
     def predict(self, *args: Any) -> Any:
         """What a model predicts."""
-        begin = time.perf_counter()
-        found = super().predict(*args)
-        self.predicting.append(time.perf_counter() - begin)
-        return found
+        with measured() as cost:
+            predictions = super().predict(*args)
+        self.predicting.append(cost.seconds)
+        return predictions
 
 
 def prepare(name: str, tasks: list[str], examples: int, folder: Path) -> Timed:
@@ -59,46 +59,47 @@ def prepare(name: str, tasks: list[str], examples: int, folder: Path) -> Timed:
     tokenizer = load_tokenizer(backbone)
     if name != "minilm":
         torch.manual_seed(0)
-        pretrained(CONFIGS[name], torch.float32, "cpu").base_model.save_pretrained(folder / name)
+        RobertaModel(roberta_config(), add_pooling_layer=False).save_pretrained(folder / name)
         backbone = find_backbone(str(folder / name))
         tokenizer.model_input_names = ["input_ids", "attention_mask"]  # RoBERTa has one token type
-    splits = {}
+    data = {}
     for task in tasks:
         part = load_task(TASKS[task], "mini-glue", validation_only=True)["validation"]
-        encoded = tokenize(part.select(range(examples)), TASKS[task], tokenizer, 128)
-        splits[task] = {"": encoded}
-    settings: dict[str, dict[str, Any]] = {task: {"batch_size": 64} for task in tasks}
-    rest = ({}, splits, {}, False, torch.float32)
-    return Timed(backbone, tokenizer, settings, *rest, [], [])
+        part = part.select(range(examples))
+        data[task] = TaskData(part, part, {"": part})
+    return Timed(
+        *(backbone, tokenizer, torch.device("cpu"), torch.float32),
+        seed=0,
+        batch_size=64,
+        max_seq_len=dict.fromkeys(tasks, 128),
+        data=data,
+        predicting=[],
+        models=[],
+    )
 
 
-def random_merge(evaluation: Timed, tasks: list[str], folder: Path) -> None:
-    """The merge of a random adapter of each task, as merge.py leaves it."""
-    model = evaluation.model(tasks[0])
-    shapes = {each: linear_weight(model, each).shape for each in projections(model, "qv", RANK)}
-    vectors = random_updates(shapes, RANK, tasks)
-    recipe = {
-        "method": METHOD,
-        "paper": METHODS[METHOD].paper,
-        "base": evaluation.backbone.path,
-        "knobs": {},
-        "tasks": {task: {"path": "random", "labels": TASKS[task].labels} for task in tasks},
-    }
-    save_merged(folder / METHOD, merge(METHOD, vectors, scale=1.0), {}, recipe)
+def random_merge(session: Timed, tasks: list[str], folder: Path) -> Path:
+    """The merge of random adapters, as merge.py writes it."""
+    model = session.model(TASKS[tasks[0]])
+    modules = projections(model, "qv", RANK)
+    write_adapters({name: linear_weight(model, name).shape for name in modules}, RANK, folder)
+    ours(METHOD, folder, folder / "merged")
+    return folder / "merged"
 
 
-def random_head(evaluation: Timed, task: str) -> dict[str, torch.Tensor]:
+def random_head(session: Timed, task: str) -> dict[str, torch.Tensor]:
     """A new head, which stands for a trained one."""
     torch.manual_seed(0)
-    model = evaluation.model(task)
-    tops = tuple(f"{each}." for each in head_names(model))
-    return {key: each.clone() for key, each in model.state_dict().items() if key.startswith(tops)}
+    model = session.model(TASKS[task])
+    heads = tuple(f"{name}." for name in head_names(model))
+    state = model.state_dict()
+    return {key: tensor.clone() for key, tensor in state.items() if key.startswith(heads)}
 
 
-def check_restored(evaluation: Timed, task: str, merged: Path) -> None:
+def check_restored(session: Timed, task: str, merged: Path) -> None:
     """Stop unless the model that was lent every update is as it was loaded, bit for bit."""
-    (lent,) = evaluation.models
-    fresh = evaluation.model(task)
+    (lent,) = session.models
+    fresh = session.model(TASKS[task])
     for name in MergedUpdate(merged / METHOD, task):
         if not torch.equal(linear_weight(lent, name), linear_weight(fresh, name)):
             raise SystemExit(f"{task}: {name} is not as it was")
@@ -108,89 +109,91 @@ def compare(
     name: str, tasks: list[str], grid: list[float], examples: int, repeats: int
 ) -> dict[str, list[dict[str, float]]]:
     """{way: the seconds of each repeat, in all and in predictions} for T tasks and L values."""
-    found: dict[str, list[dict[str, float]]] = {"in place": [], "reloaded": []}
+    seconds: dict[str, list[dict[str, float]]] = {"in place": [], "reloaded": []}
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        evaluation = prepare(name, tasks, examples, folder)
-        random_merge(evaluation, tasks, folder)
-        heads = {task: random_head(evaluation, task) for task in tasks}
+        session = prepare(name, tasks, examples, folder)
+        merged = random_merge(session, tasks, folder)
+        heads = {task: random_head(session, task) for task in tasks}
 
         def score(task: str, values: list[float]) -> list[float]:
-            parts = (evaluation, task, heads[task], folder, [METHOD], values)
-            return held_out_scores(*parts)[METHOD]
+            head = heads[task]
+            scores = held_out_scores(
+                session, task, head, merged=merged, methods=[METHOD], grid=values
+            )
+            return scores[METHOD]
 
         ways: dict[str, Callable[[str], list[float]]] = {
             "in place": lambda task: score(task, grid),
-            "reloaded": lambda task: [each for value in grid for each in score(task, [value])],
+            "reloaded": lambda task: [score(task, [value])[0] for value in grid],
         }
         score(tasks[0], grid[:1])  # what libraries do once
         for _ in range(repeats):
             scores = {}
             for way, run in ways.items():
-                evaluation.predicting.clear()
-                seconds = 0.0
+                session.predicting.clear()
+                whole = 0.0
                 for task in tasks:
-                    begin = time.perf_counter()
-                    scores[way, task] = run(task)
-                    seconds += time.perf_counter() - begin
-                    check_restored(evaluation, task, folder)
-                found[way].append({"all": seconds, "predictions": sum(evaluation.predicting)})
+                    with measured() as cost:
+                        scores[way, task] = run(task)
+                    whole += cost.seconds
+                    check_restored(session, task, merged)
+                seconds[way].append({"all": whole, "predictions": sum(session.predicting)})
             if any(scores["in place", task] != scores["reloaded", task] for task in tasks):
                 raise SystemExit("the two ways have different scores")
-    return found
+    return seconds
 
 
-def table(cases: list[dict[str, Any]]) -> str:
-    """Medians for one update, in milliseconds, and their ratios."""
-    lines = [
-        "| model | tasks × λ | examples | switch in place, ms | reload, ms | ratio"
-        " | predictions, ms | in place, all, ms | reloaded, all, ms | ratio |",
-        "| --- |" + " ---: |" * 9,
-    ]
+COLUMNS = {
+    "model": "{model}",
+    "tasks × λ": "{tasks} × {grid}",
+    "examples": "{examples}",
+    "switch in place, ms": "{place[switch]:.0f}",
+    "reload, ms": "{load[switch]:.0f}",
+    "ratio": "{ratio[switch]:.1f}",
+    "predictions, ms": "{place[predictions]:.0f}",
+    "in place, all, ms": "{place[all]:.0f}",
+    "reloaded, all, ms": "{load[all]:.0f}",
+    "ratio of all": "{ratio[all]:.1f}",
+}
+
+
+def rows(cases: Sequence[dict[str, Any]]) -> str:
+    """Medians for one update, in milliseconds, and their ratios.
+
+    The switch from one update to the next is all that is not prediction.
+    """
+    records = []
     for case in cases:
-        points = len(case["tasks"]) * len(case["grid"])
-        ms = {
-            (way, what): 1000 / points * median(of(each, what) for each in case["seconds"][way])
-            for way in case["seconds"]
-            for what in ("switch", "predictions", "all")
-        }
-        place, load = ms["in place", "switch"], ms["reloaded", "switch"]
-        all_place, all_load = ms["in place", "all"], ms["reloaded", "all"]
-        lines.append(
-            f"| {case['model']} | {len(case['tasks'])} × {len(case['grid'])} | {case['examples']}"
-            f" | {place:.0f} | {load:.0f} | {load / place:.1f}"
-            f" | {ms['in place', 'predictions']:.0f} | {all_place:.0f} | {all_load:.0f}"
-            f" | {all_load / all_place:.1f} |"
+        sizes = {"tasks": len(case["tasks"]), "grid": len(case["grid"])}
+        place, load = (
+            pd.DataFrame(case["seconds"][way])
+            .assign(switch=lambda seconds: seconds["all"] - seconds["predictions"])
+            .median()
+            * (1000 / sizes["tasks"] / sizes["grid"])
+            for way in ("in place", "reloaded")
         )
-    return "\n".join(lines)
+        records.append({**case, **sizes, "place": place, "load": load, "ratio": load / place})
+    return table(COLUMNS, records)
 
 
-def of(seconds: dict[str, float], what: str) -> float:
-    """The seconds in all, in predictions, or in what is beside them: the switch of updates."""
-    return seconds["all"] - seconds["predictions"] if what == "switch" else seconds[what]
-
-
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run what the flags say, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", default=["minilm", "roberta-large"])
+    parser = flags(__doc__)
+    models = ["minilm", "roberta-large"]
+    parser.add_argument("--models", nargs="+", choices=models, default=models)
     parser.add_argument("--tasks", nargs="+", default=["mrpc", "sst2", "mnli", "cola"])
     tenths = [tenth / 10 for tenth in range(1, 11)]
     parser.add_argument("--grid", nargs="+", type=float, default=tenths, help="values of λ")
     parser.add_argument("--examples", type=int, default=8, help="of each task")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each way")
-    parser.add_argument("--output", type=Path, help="a JSON file for all numbers")
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     cases = []
     for name in args.models:
         seconds = compare(name, args.tasks, args.grid, args.examples, args.repeats)
         setting = {"tasks": args.tasks, "grid": args.grid, "examples": args.examples}
         cases.append({"model": name, **setting, "seconds": seconds})
-    print(table(cases))
-    if args.output:
-        write_json(args.output, {"cases": cases, "environment": environment()})
+    report(args, rows(cases), {"cases": cases})
 
 
 if __name__ == "__main__":

@@ -3,47 +3,49 @@
     python benchmarks/merging.py llama     # 8 adapters of Llama-3-8B's shapes, rank 16, bfloat16
     python benchmarks/merging.py roberta   # 8 adapters of RoBERTa-large's shapes, beside peers
 
-Every merge runs in a process of its own, whose seconds and peak memory the table has. The time of
-the merge itself is that of reading the adapters, merging and writing the result; PEFT's base model
-is in memory before it begins. mergekit, if it is installed (mergekit-yaml), is timed as a whole
-only. Adapters and base model are random: nothing is downloaded.
+Every merge runs in a process of its own. "Merge" is the time to read the adapters, to merge and to
+write the result. PEFT's base model is in memory before that. mergekit, if it is installed
+(mergekit-yaml), is timed as a whole. Adapters and base model are random: nothing is downloaded.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import common
+import torch
+from common import TASKS, in_new_process, measured, roberta_config
+from safetensors.torch import save_file
+
 ROOT = Path(__file__).parent.parent
-TASKS = ("mrpc", "qnli", "qqp", "rte", "sst2", "mnli", "cola", "stsb")
-
-OURS = {
-    "llama": ("task_arithmetic", "ties", "emr"),
-    "roberta": ("task_arithmetic", "ties", "emr", "tsv"),
+LAYERS, RANK = {"llama": 32, "roberta": 24}, {"llama": 16, "roberta": 8}
+CASES = {
+    "llama": {"ours": ("task_arithmetic", "ties", "emr")},
+    "roberta": {
+        "ours": ("task_arithmetic", "ties", "emr", "tsv"),
+        "peft": ("cat", "linear", "svd", "ties", "ties_svd"),
+        "mergekit": ("task_arithmetic", "ties"),
+    },
 }
-PEERS = {
-    "peft": ("cat", "linear", "svd", "ties", "ties_svd"),
-    "mergekit": ("task_arithmetic", "ties"),
-}
+"""{model: {tool: its methods}}"""
 
 
-def shapes(name: str, layers: int) -> dict[str, tuple[int, int]]:
-    """{layer: (out, in)} of the query and value projections."""
-    if name == "llama":
-        prefix = "model.layers.{}.self_attn"
-        projections = {"q_proj": (4096, 4096), "v_proj": (1024, 4096)}
-    else:
-        prefix = "roberta.encoder.layer.{}.attention.self"
-        projections = {"query": (1024, 1024), "value": (1024, 1024)}
+def shapes(model: str, layers: int) -> dict[str, tuple[int, int]]:
+    """{module: (out, in)} of the query and value projections."""
+    prefix, projections = {
+        "llama": ("model.layers.{}.self_attn", {"q_proj": (4096, 4096), "v_proj": (1024, 4096)}),
+        "roberta": (
+            "roberta.encoder.layer.{}.attention.self",
+            {"query": (1024, 1024), "value": (1024, 1024)},
+        ),
+    }[model]
     return {
         f"{prefix.format(layer)}.{projection}": shape
         for layer in range(layers)
@@ -51,26 +53,23 @@ def shapes(name: str, layers: int) -> dict[str, tuple[int, int]]:
     }
 
 
-def write_adapters(name: str, layers: int, rank: int, directory: Path) -> None:
+def write_adapters(modules: Mapping[str, tuple[int, int]], rank: int, directory: Path) -> None:
     """Random adapters as PEFT saves them, and the load_model_path.json that names them."""
-    import torch
-    from safetensors.torch import save_file
-
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
+        "base_model_name_or_path": "random",
+    }
     for number, task in enumerate(TASKS):
         generator = torch.Generator().manual_seed(number)
         tensors = {}
-        for layer, (out, width) in shapes(name, layers).items():
+        for module, (out, width) in modules.items():
             A = torch.randn(rank, width, generator=generator) / width**0.5
-            B = torch.randn(out, rank, generator=generator) * 0.01
-            tensors[f"base_model.model.{layer}.lora_A.weight"] = A.bfloat16()
-            tensors[f"base_model.model.{layer}.lora_B.weight"] = B.bfloat16()
-        config = {
-            "peft_type": "LORA",
-            "r": rank,
-            "lora_alpha": 2 * rank,
-            "target_modules": ["q_proj", "v_proj"] if name == "llama" else ["query", "value"],
-            "base_model_name_or_path": name,
-        }
+            B = torch.randn(out, rank, generator=generator) / 100
+            tensors[f"base_model.model.{module}.lora_A.weight"] = A.bfloat16()
+            tensors[f"base_model.model.{module}.lora_B.weight"] = B.bfloat16()
         (directory / task).mkdir(parents=True)
         save_file(tensors, directory / task / "adapter_model.safetensors")
         (directory / task / "adapter_config.json").write_text(json.dumps(config))
@@ -78,8 +77,8 @@ def write_adapters(name: str, layers: int, rank: int, directory: Path) -> None:
     (directory / "load_model_path.json").write_text(json.dumps(paths))
 
 
-def ours(method: str, directory: Path, output: Path) -> float:
-    """merge.py --no-eval; seconds."""
+def ours(method: str, directory: Path, output: Path, layers: int = 0) -> float:
+    """Seconds of merge.py --no-eval."""
     from osrm.commands.merge import run
     from osrm.config import MergeConfig
 
@@ -90,49 +89,33 @@ def ours(method: str, directory: Path, output: Path) -> float:
         no_eval=True,
         output_dir=str(output),
     )
-    begin = time.perf_counter()
-    run(config)
-    return time.perf_counter() - begin
+    with measured() as cost:
+        run(config)
+    return cost.seconds
 
 
 def peft(combination: str, directory: Path, output: Path, layers: int) -> float:
-    """PEFT's add_weighted_adapter on a random base model; seconds of merging and writing."""
+    """Seconds of PEFT's add_weighted_adapter, with reading and writing."""
     from peft import PeftModel
 
     model = roberta(layers)
-    begin = time.perf_counter()
-    adapted = PeftModel.from_pretrained(model, directory / TASKS[0], adapter_name=TASKS[0])
-    for task in TASKS[1:]:
-        adapted.load_adapter(directory / task, adapter_name=task)
-    adapted.add_weighted_adapter(
-        list(TASKS),
-        [0.3] * len(TASKS),
-        "merged",
-        combination_type=combination,
-        density=0.2 if combination.startswith("ties") else None,
-    )
-    adapted.save_pretrained(output, selected_adapters=["merged"])
-    return time.perf_counter() - begin
+    with measured() as cost:
+        adapted = PeftModel.from_pretrained(model, directory / TASKS[0], adapter_name=TASKS[0])
+        for task in TASKS[1:]:
+            adapted.load_adapter(directory / task, adapter_name=task)
+        adapted.add_weighted_adapter(
+            list(TASKS),
+            [0.3] * len(TASKS),
+            "merged",
+            combination_type=combination,
+            density=0.2 if combination.startswith("ties") else None,
+        )
+        adapted.save_pretrained(output, selected_adapters=["merged"])
+    return cost.seconds
 
 
-def roberta(layers: int) -> Any:
-    """RoBERTa-large with random weights in bfloat16."""
-    import torch
-    from transformers import RobertaConfig, RobertaForMaskedLM
-
-    config = RobertaConfig(
-        vocab_size=50265,
-        hidden_size=1024,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        max_position_embeddings=514,
-    )
-    return RobertaForMaskedLM(config).to(torch.bfloat16)
-
-
-def mergekit(method: str, directory: Path, layers: int) -> list[str]:
-    """The command of a merge with mergekit; writes base model and settings first."""
+def mergekit(method: str, directory: Path, output: Path, layers: int) -> float:
+    """Seconds of the whole command of mergekit; its base model and settings are written before."""
     base = directory / "base"
     if not base.exists():
         roberta(layers).save_pretrained(base)
@@ -145,100 +128,59 @@ def mergekit(method: str, directory: Path, layers: int) -> list[str]:
     }
     path = directory / f"{method}.yml"
     path.write_text(json.dumps(settings))  # JSON is YAML
-    output = directory / f"mergekit-{method}"
-    cache = directory / f"mergekit-{method}-cache"
-    return ["mergekit-yaml", str(path), str(output), "--lora-merge-cache", str(cache), "--quiet"]
+    command = ["mergekit-yaml", str(path), str(output), "--quiet"]
+    command += ["--lora-merge-cache", str(directory / f"mergekit-{method}-cache")]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with measured() as cost:
+        subprocess.run(command, check=True, env=environment)
+    return cost.seconds
 
 
-def child(arguments: argparse.Namespace) -> None:
-    """One merge in this process; prints its seconds."""
-    import torch
+TOOLS = {"ours": ours, "peft": peft, "mergekit": mergekit}
 
-    torch.set_num_threads(arguments.threads)
-    directory = Path(arguments.directory)
+
+def roberta(layers: int) -> Any:
+    """RoBERTa-large with random weights in bfloat16."""
+    from transformers import RobertaForMaskedLM
+
+    return RobertaForMaskedLM(roberta_config(layers=layers)).to(torch.bfloat16)
+
+
+def merge_once(tool: str, method: str, directory: Path, layers: int) -> dict[str, float]:
+    """Seconds of one merge, and GiB of its result."""
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         output = Path(folder) / "merged"
-        if arguments.tool == "ours":
-            seconds = ours(arguments.method, directory, output)
-        else:
-            seconds = peft(arguments.method, directory, output, arguments.layers)
+        seconds = TOOLS[tool](method, directory, output, layers)
         size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    print(json.dumps({"seconds": seconds, "gib": size / 2**30}))
-
-
-def measured(
-    tool: str, method: str, arguments: argparse.Namespace, directory: Path
-) -> dict[str, float]:
-    """Run one merge in a process of its own: its seconds and those of the whole, peak memory."""
-    command = [sys.executable, __file__, "child", tool, method, str(directory)]
-    command += ["--layers", str(arguments.layers), "--threads", str(arguments.threads)]
-    if tool == "mergekit":
-        command = mergekit(method, directory, arguments.layers)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(arguments.threads)}
-    begin = time.perf_counter()
-    with (directory / "output.txt").open("w+") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        whole = time.perf_counter() - begin
-        output.seek(0)
-        printed = output.read()
-    if process.returncode:
-        raise SystemExit(f"{tool} {method} failed:\n{printed}")
-    found = json.loads(printed.splitlines()[-1]) if tool != "mergekit" else {}
-    return {**found, "whole": whole, "peak": usage.ru_maxrss / 2**20}
-
-
-def parent(arguments: argparse.Namespace) -> None:
-    """Write the adapters, run every merge, print the table."""
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
-        directory = Path(folder)
-        write_adapters(arguments.part, arguments.layers, arguments.rank, directory)
-        cases = [("ours", method) for method in OURS[arguments.part]]
-        if arguments.part == "roberta":
-            peers = [tool for tool in PEERS if tool == "peft" or shutil.which("mergekit-yaml")]
-            cases += [(tool, method) for tool in peers for method in PEERS[tool]]
-        print(
-            f"{len(TASKS)} adapters, {arguments.layers} layers, rank {arguments.rank},"
-            f" {arguments.threads} threads\n"
-        )
-        print("| tool | method | merge, s | process, s | peak memory, GiB | result, GiB |")
-        print("|---|---|---:|---:|---:|---:|")
-        for tool, method in cases:
-            found = measured(tool, method, arguments, directory)
-            merge, size = (
-                f"{found[name]:.2f}" if name in found else "" for name in ("seconds", "gib")
-            )
-            print(
-                f"| {tool} | {method} | {merge} | {found['whole']:.1f} | {found['peak']:.2f} |"
-                f" {size} |",
-                flush=True,
-            )
+    return {"merge_seconds": seconds, "result_gib": size / 2**30}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the flags and run one part."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parts = parser.add_subparsers(dest="part", required=True)
-    for name, layers, rank in (("llama", 32, 16), ("roberta", 24, 8)):
-        part = parts.add_parser(name, help=f"{len(TASKS)} adapters of its shapes")
-        part.set_defaults(run=parent)
-        part.add_argument("--layers", type=int, default=layers)
-        part.add_argument("--rank", type=int, default=rank)
-        part.add_argument("--directory", help="for adapters and results; default: the system's")
-        part.add_argument("--threads", type=int, default=2)
-    one = parts.add_parser("child", help="one merge, in this process")
-    one.set_defaults(run=child)
-    for name in ("tool", "method", "directory"):
-        one.add_argument(name)
-    one.add_argument("--layers", type=int, default=24)
-    one.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args(argv)
-    arguments.run(arguments)
+    """Write the adapters, run every merge, print the table."""
+    parser = common.flags(__doc__)
+    parser.add_argument("model", choices=CASES)
+    args = common.parse(parser, argv)
+    layers, rank = LAYERS[args.model], RANK[args.model]
+    merges = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapters(shapes(args.model, layers), rank, Path(folder))
+        for tool, methods in CASES[args.model].items():
+            for method in methods if tool != "mergekit" or shutil.which("mergekit-yaml") else ():
+                numbers, cost = in_new_process(
+                    args.threads, merge_once, tool, method, Path(folder), layers
+                )
+                whole = {"process_seconds": cost.seconds, "peak_gib": cost.peak}
+                merges.append({"tool": tool, "method": method, **numbers, **whole})
+                print(merges[-1], flush=True)
+    columns = {
+        "tool": "{tool}",
+        "method": "{method}",
+        "merge, s": "{merge_seconds:.2f}",
+        "process, s": "{process_seconds:.1f}",
+        "peak memory, GiB": "{peak_gib:.2f}",
+        "result, GiB": "{result_gib:.2f}",
+    }
+    common.report(args, common.table(columns, merges), {"merges": merges})
 
 
 if __name__ == "__main__":

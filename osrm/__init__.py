@@ -6,19 +6,13 @@ A where the other tasks' features have no energy,
     A_i = argmin ||A Hᵀ||_F  subject to  A Aᵀ = I,   B_i = 0,
 
 so that A h ≈ 0 for their features h (the rows of H) before a single step is taken.
-
-    moments, subspace, starts, transforms, interference, merging    the numbers; torch alone
-    task_vectors                        updates as values
-    tensor_file                         tensors on disk, damage found before they are used
-    glue, backbones, embedded           tasks, models, and what comes along for both
-    features, fisher, adapters, training, evaluation
-    plugin                              OSRM's start for any PeftModel
-    config, runs, checkpoints, merged, export, report, diagnosis, commands
+docs/architecture.md has the map of the modules.
 """
 
 from importlib import import_module
 from typing import Any
 
+__version__ = "0.1.0"
 _PUBLIC = {
     "collect_osrm_features": "osrm.plugin",
     "get_osrm_state_dict": "osrm.plugin",

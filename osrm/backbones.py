@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from osrm import embedded
 from osrm.config import MINI_GLUE
-from osrm.errors import UserError
+from osrm.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A name on the command line: a hub id or local path, or a function that builds one."""
+    """What a name on the command line means: a hub id, a local path, or a function."""
 
     name: str
     source: str | Callable[[], Path]
@@ -27,21 +27,18 @@ class Backbone:
 
     @property
     def path(self) -> str:
-        """What `from_pretrained` takes; fetches and builds an embedded model at its first use."""
+        """What `from_pretrained` takes; an embedded model is built at its first use."""
         return self.source if isinstance(self.source, str) else str(self.source())
 
 
-BACKBONES = {
-    row.name: row
-    for row in (
-        Backbone("roberta-large", "FacebookAI/roberta-large"),
-        Backbone("t5-large", "google-t5/t5-large"),
-        Backbone("llama3.2-1b", "meta-llama/Llama-3.2-1B"),
-        Backbone("llama3.2-3b", "meta-llama/Llama-3.2-3B"),
-        Backbone("llama3-8b", "meta-llama/Meta-Llama-3-8B"),
-        Backbone("minilm", embedded.minilm, data_dir=MINI_GLUE),
-    )
-}
+BACKBONES = (
+    Backbone("roberta-large", "FacebookAI/roberta-large"),
+    Backbone("t5-large", "google-t5/t5-large"),
+    Backbone("llama3.2-1b", "meta-llama/Llama-3.2-1B"),
+    Backbone("llama3.2-3b", "meta-llama/Llama-3.2-3B"),
+    Backbone("llama3-8b", "meta-llama/Meta-Llama-3-8B"),
+    Backbone("minilm", embedded.minilm, data_dir=MINI_GLUE),
+)
 
 # What model families call their query, key and value projections.
 PROJECTIONS = (
@@ -54,14 +51,11 @@ PROJECTIONS = (
 
 def find_backbone(name: str) -> Backbone:
     """The row of that name; any other name is a local path or a hub id."""
-    return BACKBONES.get(name) or Backbone(name, name)
+    return next((row for row in BACKBONES if row.name == name), Backbone(name, name))
 
 
 def load_tokenizer(backbone: Backbone) -> Any:
-    """The backbone's tokenizer: left truncation, right padding.
-
-    A tokenizer keeps its own padding token; only one without gets its end token for it (Llama).
-    """
+    """The tokenizer: left truncation, right padding; without a padding token its end token."""
     tokenizer = _from_hub(AutoTokenizer.from_pretrained, backbone)
     tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
     if tokenizer.pad_token is None:
@@ -74,13 +68,13 @@ def load_model(
     labels: tuple[str, ...],
     tokenizer: Any,
     dtype: torch.dtype | str,
+    *,
     device: str | None = None,
 ) -> Any:
     """The pre-trained model with a new head, drawn from torch's global generator.
 
-    Args:
-        labels: the classes; none of them means a regression.
-        device: "meta" for names, shapes and precisions without the weights.
+    A head that the base has makes no difference. No labels mean a regression. The device "meta"
+    gives names, shapes and precisions without the weights.
     """
     config = _from_hub(AutoConfig.from_pretrained, backbone)
     if config.pad_token_id is None:
@@ -90,57 +84,65 @@ def load_model(
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
-    load = AutoModelForSequenceClassification.from_pretrained
-    return _from_hub(load, backbone, config=config, dtype=dtype, device_map=device)
+    random = torch.get_rng_state()
+    model, info = _from_hub(
+        AutoModelForSequenceClassification.from_pretrained,
+        backbone,
+        config=config,
+        dtype=dtype,
+        device_map=device,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    state, tops = model.state_dict(), tuple(f"{name}." for name in head_names(model))
+    head = {name for name in state if name.startswith(tops)}
+    if other := sorted({name for name, *_ in info["mismatched_keys"]} - head):
+        where = f"--backbone {backbone.name}: {backbone.path}"
+        raise UserError(f"{where}: config.json gives {other[0]} another shape; get the model again")
+    if head <= info["missing_keys"] or device == "meta":
+        return model
+    # The base has a head: load again, from the random state of before, as if it had none.
+    torch.set_rng_state(random)
+    body = {name: state[name] for name in state.keys() - head - info["missing_keys"]}
+    model = type(model).from_pretrained(None, config=model.config, state_dict=body, dtype=dtype)
+    model.name_or_path = model.config.name_or_path = backbone.path
+    return model
 
 
 def _from_hub(load: Callable[..., Any], backbone: Backbone, **options: Any) -> Any:
     try:
         return load(backbone.path, **options)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--backbone {backbone.name}: {backbone.path} is no local model, not cached here and"
-            f" not to be had from the hub ({reason}); give the path of a model, or use the"
-            " embedded one: --backbone minilm"
-        ) from None
+        where = f"{backbone.path} on this disk, in the cache or on the hub ({first_line(error)})"
+        fix = "give the path of a model, or use the embedded one: --backbone minilm"
+        raise UserError(f"--backbone {backbone.name}: no model {where}; {fix}") from None
 
 
 def projections(model: nn.Module, block: str, rank: int) -> list[str]:
     """The names of the model's projections of `block`, e.g. of all queries and values for "qv".
 
-    Raises:
-        UserError: a model without separate q, k and v projections, or one too narrow for `rank`.
+    Raises UserError if the model has no separate ones, or is too narrow for `rank`.
     """
-    linear = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     leaves = {name.rpartition(".")[2] for name in linear}
     naming = next((names for names in PROJECTIONS if leaves.issuperset(names.values())), None)
     if naming is None:
-        raise UserError(
-            f"--block {block}: {type(model).__name__} has no separate q, k and v projections among"
-            f" its linear layers {sorted(leaves)}; use a RoBERTa, BERT, MPNet, DistilBERT, T5 or"
-            " Llama-family model"
-        )
+        problem = f"no separate q, k and v projections among its linear layers {sorted(leaves)}"
+        fix = "use a RoBERTa, BERT, MPNet, DistilBERT, T5 or Llama-family model"
+        raise UserError(f"--block {block}: {type(model).__name__} has {problem}; {fix}")
     chosen = {naming[letter] for letter in block}
-    found = [name for name in linear if name.rpartition(".")[2] in chosen]
-    for name in found:
-        if min(linear[name].weight.shape) < rank:
-            raise UserError(
-                f"--rank {rank}: the layer {name} is {tuple(linear[name].weight.shape)}; the rank"
-                f" can be {min(linear[name].weight.shape)} at most"
-            )
-    return found
+    names = [name for name in linear if name.rpartition(".")[2] in chosen]
+    for name in names:
+        shape = tuple(linear[name].weight.shape)
+        if min(shape) < rank:
+            raise UserError(f"--rank {rank}: {name} is {shape}; choose {min(shape)} at most")
+    return names
 
 
 def head_names(model: Any) -> list[str]:
     """The modules on top of the pre-trained body that hold weights: what each task keeps."""
-    return [
-        name
-        for name, module in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in module.parameters())
-    ]
+    parts = {name: part for name, part in model.named_children() if [*part.parameters()]}
+    return [name for name in parts if name != model.base_model_prefix]
 
 
 def body_fingerprint(model: Any) -> str:
@@ -152,8 +154,7 @@ def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
     """A hash of the names, shapes, precisions, and a sample of every tensor."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)].float().cpu()
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]

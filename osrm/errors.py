@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see, and how a script shows it."""
+"""Errors that a user sees, and how a script shows them."""
 
 from __future__ import annotations
 
@@ -10,33 +10,29 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import ClassVar
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line that names the file, the field and the mend.
+    """Bad input. The message is one line that names the file, the field and the fix.
 
-    What does not print in it, such as a line break in the name of a file or tensor, is escaped.
+    Unprintable characters, such as a line break in the name of a file, are escaped.
     """
 
-    code: ClassVar[int] = 2
-    """What the script exits with."""
+    code = 2  # the exit code of the script
 
     def __str__(self) -> str:
-        return "".join(
-            each if each.isprintable() else repr(each)[1:-1] for each in super().__str__()
-        )
+        text = super().__str__()
+        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 class Diverged(UserError):
-    """The training of a task came to a loss that is not finite; other tasks may have gone well."""
+    """The loss of a task became infinite or NaN; other tasks may be finished."""
 
     code = 3
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked for the end; the message says what is kept."""
+    """A signal stopped the run; the message says what is kept."""
 
     def __init__(self, number: int, message: str = "") -> None:
         super().__init__(message)
@@ -44,15 +40,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 def first_line(error: Exception) -> str:
-    """The gist of a library's message, for a UserError's single line."""
+    """The first line of a library's message, for a UserError's single line."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def explained(error: Exception) -> UserError | None:
-    """What a user is told of it; None of a bug."""
+    """The error that a user sees instead of this one; None if it is a bug."""
     if isinstance(error, UserError):
         return error
-    # The text, as safetensors has an exception of its own.
+    # By the text: safetensors has an exception of its own.
     if os.strerror(errno.ENOSPC) in str(error):
         return UserError("the disk is full; free some space, or choose another --output-dir")
     if os.strerror(errno.ENAMETOOLONG) in str(error):
@@ -64,36 +60,34 @@ def explained(error: Exception) -> UserError | None:
 def run_script(main: Callable[[], None]) -> int:
     """Run `main`, its progress on stderr, and return the exit code.
 
-    What can be `explained` is one line and code 2, a task that diverged 3, and SIGINT or SIGTERM
-    (which batch systems send before they kill) one line and 128 + the signal's number.
+    An error that can be `explained` is one line, and the code is that of its class. SIGINT or
+    SIGTERM (which batch systems send before they kill) is one line, and 128 + its number.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    if os.environ.get("RANK", "0") == "0":  # of several processes one reports
+    if os.environ.get("RANK", "0") == "0":  # of several processes only the first reports
         logging.getLogger("osrm").setLevel(logging.INFO)
-    # Their warnings are about what every run does on purpose: a new head, a deprecated name
-    # that PEFT still reads, retries while there is no hub.
+    # They warn about what every run does on purpose: a new head, a deprecated name that PEFT
+    # reads, retries without a hub.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         main()
+        return 0
     except KeyboardInterrupt as error:
         number = getattr(error, "number", signal.SIGINT)
         kept = str(error) or "what was finished is kept"
         problem, code = f"stopped by {signal.Signals(number).name}; {kept}", 128 + number
     except Exception as error:
-        told = explained(error)
-        if told is None:
+        if (told := explained(error)) is None:
             raise
         problem, code = str(told), told.code
-    else:
-        return 0
     finally:
         signal.signal(signal.SIGTERM, before)
     print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
     return code
 
 
-def _interrupt(number: int, _: FrameType | None) -> None:
+def _interrupt(number: int, _: object) -> None:
     raise Interrupted(number)

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from osrm.adapters import linear_weight
+from osrm.features import evaluating
+from osrm.lending import linear_weight
 
 
 def fisher_information(
@@ -17,27 +18,23 @@ def fisher_information(
 ) -> dict[str, Float[Tensor, "out in"]]:
     """E[(∂ℓ/∂W)²] of each layer's weight W, ℓ = Σ_class √p log p with √p held fixed, float32.
 
-    ℓ is weighted by √p because the gradient is squared: but for products of different classes that
-    is the expectation over the model's own predictions (Matena and Raffel, 2022). Those products
-    matter: an example of two equally likely classes counts for nothing here, and most in the
-    expectation. The published numbers were made so. Of a regression ℓ is the squared error. What
-    needed a gradient before needs one afterwards.
+    The square of this gradient has a term for each pair of classes. The terms of equal classes add
+    up to the expectation over the model's predictions (Matena and Raffel, 2022). Those of
+    different classes are an error of the formula: they cancel an example whose two classes are
+    equally likely, which counts most in the expectation. We keep it, since the published numbers
+    have it. For a regression ℓ is the squared error.
 
-    Args:
-        batches: the model's arguments with `labels`, one example each: the squares of a larger
-            batch's gradients would be those of their sum.
+    A batch has one example and its `labels`: of more, the summed gradients would be squared.
     """
     weights = [linear_weight(model, name) for name in modules]
-    needed = {each: each.requires_grad for each in model.parameters()}
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-    count, training = 0, model.training
-    model.eval()
-    try:
+    count = 0
+    with evaluating(model):
         model.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)
         for batch in batches:
-            inputs = {name: each.to(model.device) for name, each in batch.items()}
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
             labels = inputs.pop("labels")
             with torch.enable_grad():
                 logits = model(**inputs).logits.float()
@@ -50,8 +47,4 @@ def fisher_information(
             for total, gradient in zip(sums, gradients, strict=True):
                 total += gradient.float().square()
             count += 1
-    finally:
-        model.train(training)
-        for parameter, flag in needed.items():
-            parameter.requires_grad_(flag)
     return {name: (total / max(count, 1)).cpu() for name, total in zip(modules, sums, strict=True)}

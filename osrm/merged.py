@@ -4,15 +4,14 @@ recipe.json                 inputs with checksums, method, knobs, versions, modu
 updates/0000.safetensors    one file a module, of one of these forms:
     shared                  one dense update for all tasks (out, in)
     A, B, scaling           one update for all tasks, scaling · B A
-    unified, mask, rescaler EMR's: task t receives rescaler_t · mask_t · unified; a bit for each
-                            entry in mask (task, bytes), from the lowest of the first byte on
+    unified, mask, rescaler EMR's: task t receives rescaler_t · mask_t · unified; see `Masked`
     rows                    a dense update for each task (task, out, in)
 heads/<task>.safetensors    the task's own trained head
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,55 +21,46 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from osrm.adapters import linear_weight, load_head
 from osrm.backbones import find_backbone, load_model, load_tokenizer
-from osrm.config import read_json
 from osrm.errors import UserError
+from osrm.files import staged, write_json, write_text
+from osrm.lending import linear_weight, load_head
 from osrm.merging import Masked, Merged, Part, row
-from osrm.runs import staged, write_json, write_text
-from osrm.task_vectors import LoraPair
+from osrm.records import RECIPE, Recipe, record
+from osrm.task_vectors import Lazy, LoraPair
 
-RECIPE = "recipe.json"
+# Numbered, not named after the module: one in a stranger's file could be a path.
+_UPDATE = "updates/{:04d}.safetensors"
 
 
 def save_merged(
-    directory: Path,
-    merged: Merged,
-    heads: Mapping[str, Mapping[str, Tensor]],
-    recipe: Mapping[str, Any],
+    directory: Path, merged: Merged, heads: Mapping[str, Mapping[str, Tensor]], recipe: Recipe
 ) -> None:
-    """Write a merged model, one module at a time; it appears under its name when it is whole.
-
-    Args:
-        heads: {task: the trained head}, in the order of the merge's tasks.
-    """
+    """Write a merged model with {task: head}; it appears under its name when it is whole."""
     with staged(directory) as staging:
         for name in ("updates", "heads"):
             (staging / name).mkdir()
         for number, module in enumerate(tqdm(merged, desc=directory.name, leave=False)):
-            tensors = _tensors(merged.parts[module])
-            save_file(
-                {name: each.contiguous() for name, each in tensors.items()},
-                staging / "updates" / _file(number),
-            )
+            part = _tensors(merged.parts[module]).items()
+            save_file({k: v.contiguous() for k, v in part}, staging / _UPDATE.format(number))
         write_text(staging / "README.md", _card(recipe))
         for task, head in heads.items():
             save_file(dict(head), staging / "heads" / f"{task}.safetensors")
-        write_json(staging / RECIPE, {**recipe, "modules": list(merged)})
+        write_json(staging / RECIPE, record(replace(recipe, modules=list(merged))))
 
 
-def _card(recipe: Mapping[str, Any]) -> str:
+def _card(recipe: Recipe) -> str:
     """The model card: what this is, of what it was made, how to load and to repeat it."""
-    sources = "\n".join(f"- {task}: `{each['path']}`" for task, each in recipe["tasks"].items())
-    knobs = ", ".join(f"{name} {value}" for name, value in recipe["knobs"].items())
+    sources = "\n".join(f"- {task}: `{source.path}`" for task, source in recipe.tasks.items())
+    knobs = ", ".join(f"{name} {value}" for name, value in recipe.knobs.items())
     return f"""---
-base_model: {recipe["base"] or recipe["backbone"]}
-tags: [lora, merge, {recipe["method"]}]
+base_model: {recipe.base or recipe.backbone}
+tags: [lora, merge, {recipe.method}]
 ---
 
-# {recipe["method"]} of {", ".join(recipe["tasks"])}
+# {recipe.method} of {", ".join(recipe.tasks)}
 
-Merged with [{recipe["method"]}]({recipe["paper"]}){f" ({knobs})" if knobs else ""} from:
+Merged with [{recipe.method}]({recipe.paper}){f" ({knobs})" if knobs else ""} from:
 
 {sources}
 
@@ -81,7 +71,7 @@ repeats the merge byte for byte.
 ```python
 from osrm import load_merged
 
-model = load_merged("path/of/this/directory", "{next(iter(recipe["tasks"]))}")
+model = load_merged("path/of/this/directory", "{next(iter(recipe.tasks))}")
 ```
 """
 
@@ -90,66 +80,48 @@ def _tensors(part: Part) -> dict[str, Tensor]:
     """A part as it is stored."""
     if isinstance(part, LoraPair):
         # Apart, so that what is read is what was merged to the last bit.
-        scaling = torch.tensor(part.scaling, dtype=torch.float64)
-        return {"A": part.A, "B": part.B, "scaling": scaling}
+        return vars(part) | {"scaling": torch.tensor(part.scaling, dtype=torch.float64)}
     if isinstance(part, Masked):
         return vars(part)
     return {"shared" if part.ndim == 2 else "rows": part}
 
 
-def _part(tensors: Mapping[str, Tensor]) -> Part:
-    """The part that is stored as these tensors."""
-    match {**tensors}:
-        case {"A": A, "B": B, "scaling": scaling}:
-            return LoraPair(A, B, float(scaling))
-        case {"unified": _}:
-            return Masked(**tensors)
-    (part,) = tensors.values()
-    return part
+class MergedUpdate(Lazy[Tensor]):
+    """The update that one task receives, `scale` times what was merged, read module by module.
 
-
-def _file(number: int) -> str:
-    # Module names come from files that strangers made: they must not become paths.
-    return f"{number:04d}.safetensors"
-
-
-class MergedUpdate(Mapping[str, Tensor]):
-    """The update that one task receives, read from disk one module at a time."""
+    Raises UserError if the directory holds no merged model, or not of this task.
+    """
 
     def __init__(self, directory: Path, task: str, scale: float = 1.0) -> None:
-        """`scale` times what was merged.
-
-        Raises UserError if the directory holds no merged model, or not of this task.
-        """
         self.directory, self.task, self.scale = directory, task, scale
-        recipe = read_json(directory / RECIPE, "merged model")
-        if task not in recipe["tasks"]:
-            raise UserError(f"{directory}: merged from {list(recipe['tasks'])}, not '{task}'")
-        self.recipe: dict[str, Any] = recipe
-        self.numbers = {name: number for number, name in enumerate(recipe["modules"])}
-
-    def __getitem__(self, module: str) -> Tensor:
-        return row(self.part(module), list(self.recipe["tasks"]).index(self.task))
+        self.recipe = Recipe.read(directory / RECIPE, "merged model")
+        if task not in self.recipe.tasks:
+            raise UserError(f"{directory}: merged from {list(self.recipe.tasks)}, not '{task}'")
+        self.numbers = {name: number for number, name in enumerate(self.recipe.modules)}
+        place = list(self.recipe.tasks).index(task)
+        super().__init__(self.numbers, lambda module: row(self.part(module), place))
 
     def part(self, module: str) -> Part:
         """What all tasks receive in one module, in the form in which it is stored."""
-        part = _part(load_file(self.directory / "updates" / _file(self.numbers[module])))
-        if isinstance(part, LoraPair):
-            return replace(part, scaling=self.scale * part.scaling)
-        if isinstance(part, Masked):
-            return replace(part, rescaler=self.scale * part.rescaler)
-        return part.mul_(self.scale)
+        tensors = load_file(self.directory / _UPDATE.format(self.numbers[module]))
+        if "scaling" in tensors:
+            return LoraPair(tensors["A"], tensors["B"], self.scale * float(tensors["scaling"]))
+        if "unified" in tensors:
+            return Masked(**tensors | {"rescaler": self.scale * tensors["rescaler"]})
+        (update,) = tensors.values()
+        return update.mul_(self.scale)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.numbers)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
+    @property
+    def backbone(self) -> str:
+        """The base model; raises UserError if no file or flag named it when it was merged."""
+        if self.recipe.backbone is None:
+            raise UserError(f"{self.directory}: {RECIPE} names no backbone; merge with --backbone")
+        return self.recipe.backbone
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The task's classes; none of them means a regression."""
-        return tuple(self.recipe["tasks"][self.task]["labels"])
+        return tuple(self.recipe.tasks[self.task].labels)
 
     @property
     def head(self) -> dict[str, Tensor]:
@@ -164,18 +136,13 @@ def load_merged(
     backbone: str | None = None,
     dtype: torch.dtype | str = torch.float32,
 ) -> Any:
-    """A ready `transformers` model of one task out of a directory that merge.py wrote.
+    """The `transformers` model of one task from a method's directory (.save_dir/merged/ties).
 
-    Args:
-        directory: one method's directory, such as `.save_dir/merged/ties`.
-        backbone: a name, path or hub id of the base model, if it is no longer where it was.
-        dtype: of the model; "auto" is the base's own.
-
-    Raises:
-        UserError: not such a directory, or it has no update or head for this task.
+    `backbone` is a name, path or hub id of the base model, if it is no longer where it was. The
+    dtype "auto" is the base's own. Raises UserError as `MergedUpdate` does.
     """
     update = MergedUpdate(Path(directory), task)
-    base = find_backbone(backbone or update.recipe["backbone"])
+    base = find_backbone(backbone or update.backbone)
     model = load_model(base, update.labels, load_tokenizer(base), dtype)
     load_head(model, update.head)
     for module in update:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -16,10 +16,9 @@ from torch import Tensor
 class Moment:
     """Σ x xᵀ over `count` vectors of d numbers; `+` is the statistic of the union.
 
-    Fewer than d vectors are kept as they are, since they are smaller than their d × d sum and
-    can be solved with in their own span. The sum is float64, so that a direction without energy
-    stays one: in float32 the rounding of the large energies would hide energies below 1e-7 of
-    them. Not centred: what A h ≈ 0 asks to be small includes the mean of h.
+    Fewer than d vectors are kept as they are: they are smaller than the d × d sum, and systems
+    are solved in their span. The sum is float64: in float32 the rounding of the large energies
+    would hide energies below 1e-7 of them. Not centred, since A h ≈ 0 includes the mean of h.
     """
 
     count: int
@@ -28,18 +27,17 @@ class Moment:
 
     @classmethod
     def of(cls, rows: Float[Tensor, "n d"]) -> Moment:
-        """The statistic of the rows; none and one are fine."""
-        count, d = rows.shape
-        return cls(count, rows.float() if count < d else _gram(rows))
+        """The statistic of any number of rows, also of none."""
+        return cls(len(rows), rows.float() if len(rows) < rows.shape[1] else _gram(rows))
 
     @property
     def is_rows(self) -> bool:
-        """Whether `data` holds the vectors themselves."""
+        """Whether `data` holds the vectors."""
         return len(self.data) < self.data.shape[1]
 
     @property
     def gram(self) -> Float[Tensor, "d d"]:
-        """Σ x xᵀ in float64; made anew from the vectors if there are few."""
+        """Σ x xᵀ in float64; computed at each call if `data` holds vectors."""
         return _gram(self.data) if self.is_rows else self.data
 
     def __add__(self, other: Moment) -> Moment:
@@ -58,15 +56,15 @@ class Moment:
         return (data.T @ (data @ x) if self.is_rows else data @ x) / max(self.count, 1)
 
     def shifted_inverse(self, shift: float) -> Callable[[Tensor], Tensor]:
-        """x (d, k) ↦ (E[h hᵀ] + shift I)⁻¹ x, factorised once: n × n if there are n < d vectors."""
-        scale = max(self.count, 1)
-        data = self.data.double()
+        """x (d, k) ↦ (E[h hᵀ] + shift I)⁻¹ x, factorised once: n × n for n < d vectors."""
+        data, scale = self.data.double(), max(self.count, 1)
+        matrix = (data @ data.T if self.is_rows else data) / scale
+        matrix.diagonal().add_(shift)
+        factor = torch.linalg.cholesky(matrix)
         if not self.is_rows:
-            factor = _cholesky(data / scale, shift)
             return lambda x: _cholesky_solve(factor, x)
-        small = _cholesky(data @ data.T / scale, shift)
-        # Woodbury: what lies in the span of the vectors is taken out of x.
-        return lambda x: (x - data.T @ _cholesky_solve(small, data @ x) / scale) / shift
+        # Woodbury's identity.
+        return lambda x: (x - data.T @ _cholesky_solve(factor, data @ x) / scale) / shift
 
     def energy(self, A: Float[Tensor, "r d"]) -> float:
         """E‖A h‖² = tr(A E[h hᵀ] Aᵀ)."""
@@ -74,19 +72,14 @@ class Moment:
 
     @property
     def mean_energy(self) -> float:
-        """E‖h‖² / d: the energy that a random direction has on average, the mean eigenvalue."""
+        """E‖h‖² / d, the mean eigenvalue: a random direction has this energy on average."""
         data = self.data.double()
         total = data.square().sum() if self.is_rows else data.diagonal().sum()
         return float(total) / max(self.count, 1) / data.shape[1]
 
 
-def _cholesky(matrix: Float[Tensor, "n n"], shift: float) -> Float[Tensor, "n n"]:
-    matrix.diagonal().add_(shift)
-    return torch.linalg.cholesky(matrix)
-
-
 def _cholesky_solve(factor: Float[Tensor, "n n"], x: Float[Tensor, "n k"]) -> Tensor:
-    """As torch.cholesky_solve, which copies the factor in each call: most of its time."""
+    """As torch.cholesky_solve, which spends most of its time on a copy of the factor."""
     half = torch.linalg.solve_triangular(factor, x, upper=False)
     return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
@@ -94,7 +87,7 @@ def _cholesky_solve(factor: Float[Tensor, "n n"], x: Float[Tensor, "n k"]) -> Te
 def _gram(rows: Float[Tensor, "n d"], width: int = 256) -> Float[Tensor, "d d"]:
     """Σ x xᵀ in float64: only one triangle is multiplied out, in stripes of `width` rows.
 
-    Symmetric to the last bit: not every processor's kernels make the squares on the diagonal so.
+    Symmetric to the last bit, which a processor's own product is not everywhere.
     """
     rows = rows.to(torch.float64)
     gram = rows.new_empty(2 * rows.shape[1:])
@@ -107,17 +100,26 @@ def _gram(rows: Float[Tensor, "n d"], width: int = 256) -> Float[Tensor, "d d"]:
     return gram
 
 
-def without(total: Moment, moments: Mapping[str, Moment], task: str) -> Moment:
-    """The statistic of all of `moments` but the task's, out of their sum `total`.
+def own_and_others(
+    moments: Mapping[str, Moment], tasks: Iterable[str], others: Iterable[str]
+) -> Iterator[tuple[str, Moment | None, Moment | None]]:
+    """For each of `tasks`: its name, its own statistic, and that of all `others` but itself.
 
-    So T tasks take T additions and T subtractions, not T². Few vectors are joined anew instead:
-    that costs nothing, and keeps them few. So are the others of a task with most of all energy
-    (there is but one), since the rounding of the difference would hide theirs.
+    None stands for a statistic that does not exist. `moments` are those of one module; `others`
+    that have none are left out. T tasks take T additions and T subtractions, not T².
     """
-    if task not in moments:
-        return total
-    part = moments[task]
-    if total.is_rows or 2 * part.count * part.mean_energy > total.count * total.mean_energy:
-        others = (each for name, each in moments.items() if name != task)
-        return reduce(add, others, Moment.of(total.data[:0]))
-    return total - part
+    avoided = {task: moments[task] for task in others if task in moments}
+    total = reduce(add, avoided.values()) if avoided else None
+    for task in tasks:
+        part = avoided.get(task)
+        if total is None or part is None:
+            remainder = total
+        elif len(avoided) == 1:
+            remainder = None
+        # Few vectors stay vectors. A part with more than half of all energy (there is at most one)
+        # is not subtracted: the rounding would be larger than small energies of the rest.
+        elif total.is_rows or 2 * part.count * part.mean_energy > total.count * total.mean_energy:
+            remainder = reduce(add, (avoided[name] for name in avoided if name != task))
+        else:
+            remainder = total - part
+        yield task, moments.get(task), remainder

@@ -1,50 +1,54 @@
-"""The processes of one run, if accelerate or torchrun started several: who writes, what is shared.
+"""The processes of one run, as accelerate or torchrun started them; they share one file system.
 
-All of them see one file system. Without several processes nothing here does anything.
+In a single process every function returns at once.
 """
 
 from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
 Value = TypeVar("Value")
 
 
+def _distributed() -> Any:
+    import torch.distributed as dist  # late: `osrm.embedded` need not wait for torch
+
+    return dist
+
+
 def count() -> int:
-    """How many processes there are."""
+    """The number of processes."""
+    dist = _distributed()
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this one, from 0."""
-    return dist.get_rank() if count() > 1 else 0
+    """The number of this process, from 0."""
+    return _distributed().get_rank() if count() > 1 else 0
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and reports."""
+    """Whether this process writes the files and reports."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait for all."""
+    """Wait for all processes."""
     if count() > 1:
-        dist.barrier()
+        _distributed().barrier()
 
 
 def of_first(value: Value) -> Value:
-    """The first process's value, in all of them."""
+    """The first process's value, in all processes."""
     values = [value]
     if count() > 1:
-        dist.broadcast_object_list(values)
+        _distributed().broadcast_object_list(values)
     return values[0]
 
 
 def gathered(value: Value) -> list[Value]:
-    """The value of every process, in their order."""
-    values: list[Any] = [value]
+    """The values of all processes, in the order of their numbers."""
+    values: list[Any] = [value] * count()
     if count() > 1:
-        values = [None] * count()
-        dist.all_gather_object(values, value)
+        _distributed().all_gather_object(values, value)
     return values

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from osrm.errors import UserError
+
+Factors = tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]
+"""(B, A) with B A = ΔW."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,78 +28,107 @@ class LoraPair:
     @property
     def delta(self) -> Float[Tensor, "out in"]:
         """ΔW in float32."""
-        return self.scaling * (self.B.float() @ self.A.float())
+        return self.dense(torch.float32)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of ΔW."""
         return len(self.B), self.A.shape[1]
 
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """ΔW, computed in this type."""
+        return (self.B.to(dtype) @ self.A.to(dtype)).mul_(self.scaling)
+
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """(scaling · B, A) in this type."""
+        return self.scaling * self.B.to(dtype), self.A.to(dtype)
+
+    def scaled(self, weight: float) -> LoraPair:
+        """The pair of weight · ΔW."""
+        return LoraPair(self.A, self.B, weight * self.scaling)
+
     @classmethod
     def project(
         cls, delta: Float[Tensor, "out in"], A: Float[Tensor, "rank in"], scaling: float
     ) -> LoraPair:
-        """The pair with this A whose update is nearest to `delta`: B = ΔW A⁺ / scaling.
+        """The float32 pair with this A whose update is nearest to `delta`: B = ΔW A⁺ / scaling.
 
-        It attains the minimum of ‖ΔW - scaling · B A‖_F over B: what is left is the part of ΔW
-        outside the row space of A. For orthonormal rows A⁺ = Aᵀ. B is unique if A has full row
-        rank, and the smallest one otherwise. The pair is float32; scaling must not be zero.
+        The part of ΔW outside the row space of A is lost; B is the smallest minimiser.
         """
         A = A.float()
         return cls(A, delta.float() @ torch.linalg.pinv(A) / scaling, scaling)
 
 
 Update = LoraPair | Tensor | Callable[[], Tensor]
-"""One module's update: factors, dense, or a function that fetches it dense, such as the difference
-of two checkpoints read one module at a time."""
+"""One module's update: factors, dense, or a function that reads it dense, such as the difference
+of two checkpoints."""
+
+Value = TypeVar("Value")
 
 
-@dataclass(frozen=True, eq=False)
-class TaskVectors(Mapping[str, Tensor]):
+class Lazy(Mapping[str, Value]):
+    """The mapping from each name to `compute(name)`, which runs at every look-up."""
+
+    def __init__(self, names: Collection[str], compute: Callable[[str], Value]) -> None:
+        self._names, self._compute = names, compute
+
+    def __getitem__(self, name: str) -> Value:
+        return self._compute(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class TaskVectors(Lazy[Tensor]):
     """All tasks' updates of the same modules: module name -> float32 stack (task, out, in).
 
-    Updates stay as they came; each look-up makes one module's dense stack anew. Modules iterate
-    in sorted order, rows are in the order of `tasks`. Build it with `stack`.
+    Updates stay as they came; each look-up makes one module's dense stack anew. `stack` sorts the
+    modules; rows are in the order of `tasks`.
     """
 
-    tasks: tuple[str, ...]
-    updates: dict[str, tuple[Update, ...]]
+    def __init__(self, tasks: tuple[str, ...], updates: Mapping[str, tuple[Update, ...]]) -> None:
+        super().__init__(updates, lambda name: torch.stack([*map(dense, updates[name])]))
+        self.tasks, self.updates = tasks, updates
 
     @classmethod
     def stack(cls, tasks: Mapping[str, Mapping[str, Update]]) -> TaskVectors:
         """The stack of {task: {module: update}}; a task's update of a module it lacks is zero.
 
-        Raises:
-            UserError: there are no tasks or no modules; shapes differ or are no matrices; an
-                update holds NaN or infinity. One line with all.
+        One `UserError` names the first five updates that are no finite matrix of the same shape.
         """
         shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-        problems = list(find_problems(tasks, shapes))
+        problems = [] if any(tasks.values()) else ["nothing to stack: no task updates a module"]
+        for task, updates in tasks.items():
+            for name, update in updates.items():
+                shape, finite = _examine(update)
+                owner, expected = shapes.setdefault(name, (task, shape))
+                where = f"task {task!r}, module {name!r}: "
+                if len(shape) != 2:
+                    problems.append(f"{where}not a matrix but {shape}")
+                elif shape != expected:
+                    shown = f"{expected} in task {owner!r} but {shape} in task {task!r}"
+                    problems.append(f"module {name!r} is {shown}")
+                elif not finite:
+                    problems.append(f"{where}the update holds NaN or infinity")
         if problems:
-            raise UserError(listed(problems, "; "))
-        updates = {}
-        for name in sorted(shapes):
-            out, width = shapes[name][1]
+            more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
+            raise UserError("; ".join([*problems[:5], *more]))
+        stacked = {}
+        for name, (_, (out, width)) in sorted(shapes.items()):
             zero = LoraPair(torch.zeros(0, width), torch.zeros(out, 0), 1.0)
-            updates[name] = tuple(each.get(name, zero) for each in tasks.values())
-        return cls(tuple(tasks), updates)
+            stacked[name] = tuple(updates.get(name, zero) for updates in tasks.values())
+        return cls(tuple(tasks), stacked)
 
     def pairs(self, name: str) -> tuple[LoraPair, ...]:
         """The tasks' factors; none if an update is dense."""
-        found = tuple(each for each in self.updates[name] if isinstance(each, LoraPair))
-        return found if len(found) == len(self.tasks) else ()
-
-    def __getitem__(self, name: str) -> Float[Tensor, "task out in"]:
-        return torch.stack([dense(update) for update in self.updates[name]])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.updates
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.updates)
-
-    def __len__(self) -> int:
-        return len(self.updates)
+        pairs = tuple(update for update in self.updates[name] if isinstance(update, LoraPair))
+        return pairs if len(pairs) == len(self.tasks) else ()
 
 
 @torch.no_grad()
@@ -106,39 +139,17 @@ def dense(update: Update) -> Tensor:
     return (update if isinstance(update, Tensor) else update()).float()
 
 
-def find_problems(
-    tasks: Mapping[str, Mapping[str, Update]], shapes: dict[str, tuple[str, tuple[int, ...]]]
-) -> Iterator[str]:
-    """Why these updates cannot be stacked; notes in `shapes` the first task and shape of each."""
-    if not any(tasks.values()):
-        yield "nothing to stack: no task updates a module"
-    for task, updates in tasks.items():
-        for name, update in updates.items():
-            shape, finite = _examined(update)
-            owner, expected = shapes.setdefault(name, (task, shape))
-            if len(shape) != 2:
-                yield f"task {task!r}, module {name!r}: not a matrix but {shape}"
-            elif shape != expected:
-                yield (
-                    f"module {name!r} is {expected} in task {owner!r} but {shape} in task {task!r}"
-                )
-            elif not finite:
-                yield f"task {task!r}, module {name!r}: the update holds NaN or infinity"
+def deltas(updates: Mapping[str, Update]) -> Lazy[Tensor]:
+    """The updates in float32, each made dense when it is looked up."""
+    return Lazy(updates, lambda name: dense(updates[name]))
 
 
 @torch.no_grad()
-def _examined(update: Update) -> tuple[tuple[int, ...], bool]:
-    """Its shape, and whether it is finite; factors are multiplied only if that decides it."""
+def _examine(update: Update) -> tuple[tuple[int, ...], bool]:
+    """Its shape, and whether it is finite; factors are multiplied only if a bound is too large."""
     if isinstance(update, LoraPair):
-        peaks = [float(each.abs().max()) if each.numel() else 0.0 for each in (update.A, update.B)]
-        bound = abs(update.scaling) * len(update.A) * peaks[0] * peaks[1]
-        if bound < torch.finfo(torch.float32).max:
+        A, B = (float(M.abs().max()) if M.numel() else 0.0 for M in (update.A, update.B))
+        if abs(update.scaling) * len(update.A) * A * B < torch.finfo(torch.float32).max:
             return update.shape, True
     delta = dense(update)
     return tuple(delta.shape), bool(delta.isfinite().all())
-
-
-def listed(items: Sequence[str], separator: str, most: int = 5) -> str:
-    """The first few items, and how many more there are."""
-    more = [f"and {len(items) - most} more"] if len(items) > most else []
-    return separator.join([*items[:most], *more])

@@ -1,4 +1,4 @@
-"""The paper's claims and ours, beside what a study measured, and a verdict by rule on each."""
+"""The paper's claims and ours, what a study measured, and a verdict on each by a rule."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ PAPER = {
     "task_arithmetic": "RoBERTa-large +6.55 (70.04 → 76.59)",
     "regmean": "T5-large +3.76",
 }
-"""What is known of OSRM minus LoRA, from third-party notes: the average of eight tasks × 100."""
+"""OSRM minus LoRA in the paper, as third-party notes have it: average of eight tasks × 100."""
 
 
 def claim_table(study: Study) -> Table:
-    """The paper's claims and ours beside what was measured, and whether they show."""
+    """A line per claim: the paper's number, ours, the verdict."""
     lines = [["claim", "known of the paper", "measured here", "verdict"]]
     methods = [row for row in study.rows if row not in ("pre-trained", "individual")]
     for method in dict.fromkeys([*PAPER, *methods]):
-        found = judged(study.difference("analytical", "gaussian", method))
-        lines.append([f"OSRM's start beats LoRA's, {method}", PAPER.get(method, "–"), *found])
+        cells = judged(study.difference("analytical", "gaussian", method))
+        lines.append([f"OSRM's start beats LoRA's, {method}", PAPER.get(method, "–"), *cells])
     lines += [
         ["single-task scores within 1 % of LoRA's", "within 1 %", *kept_within(study, 1.0)],
         *(
-            [f"more robust to λ: a larger area under its curve, {method}", "yes", *found]
+            [f"more robust to λ: a larger area under its curve, {method}", "yes", measured, verdict]
             for method in METHODS[:2]
-            for found in [robust(study, method)]
+            for measured, verdict in [robust(study, method)]
         ),
         ["the advantage grows with the number of tasks, a task", "yes", *grows(study)],
         ["it shrinks with the size of the model", "yes", "one model a study", UNTESTABLE],
     ]
     for claim, pair in CONTROLS.items():
-        found = judged(study.difference(*pair, "task_arithmetic"))
-        lines.append([f"{claim}, task_arithmetic", "–", *found])
+        cells = judged(study.difference(*pair, "task_arithmetic"))
+        lines.append([f"{claim}, task_arithmetic", "–", *cells])
     return lines
 
 
@@ -57,13 +57,13 @@ def judged(difference: Difference | None) -> tuple[str, str]:
 
 
 def kept_within(study: Study, share: float) -> tuple[str, str]:
-    """Are OSRM's single-task scores at most `share` % below LoRA's?"""
-    found = study.difference("analytical", "gaussian", "individual", relative=True)
-    return (f"{found} %", found.above(-share)) if found else MISSING
+    """Whether OSRM's single-task scores are at most `share` % below LoRA's."""
+    difference = study.difference("analytical", "gaussian", "individual", relative=True)
+    return (f"{difference} %", difference.above(-share)) if difference else MISSING
 
 
 def robust(study: Study, method: str) -> tuple[str, str]:
-    """Is the area under OSRM's curve of the held-out average against λ larger than LoRA's?"""
+    """Whether the curve of the held-out average against λ has a larger area with OSRM."""
     ours, theirs = (
         {seed: area(*curve) for seed, curve in curves(study, start, method).items()}
         for start in ("analytical", "gaussian")
@@ -72,9 +72,9 @@ def robust(study: Study, method: str) -> tuple[str, str]:
 
 
 def grows(study: Study) -> tuple[str, str]:
-    """Does OSRM's advantage in the normalised average rise with the number of merged tasks?
+    """Whether OSRM's advantage in the normalised average rises with the number of merged tasks.
 
-    Measured as the slope of a line through the advantages of each seed.
+    The measure is the slope of a line through the advantages of each seed.
     """
     points: dict[int, dict[int, float]] = {}
     for end in ("", *(f"+{name}" for name in QUESTIONS["tasks"]["subsets"])):
@@ -88,14 +88,14 @@ def grows(study: Study) -> tuple[str, str]:
     return judged(
         over_seeds(
             {
-                seed: float(np.polyfit([*found], [*found.values()], 1)[0])
-                for seed, found in points.items()
-                if len(found) > 1
+                seed: float(np.polyfit([*advantages], [*advantages.values()], 1)[0])
+                for seed, advantages in points.items()
+                if len(advantages) > 1
             }
         )
     )
 
 
 def shared(first: Iterable[int], second: Iterable[int]) -> list[int]:
-    """The seeds of both."""
+    """The seeds that both have."""
     return sorted({*first} & {*second})

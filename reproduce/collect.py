@@ -1,4 +1,4 @@
-"""What lasts of one run of a study: its scores, predictions, interference and costs, in two files.
+"""Keep the results of one run of a study: scores, interference and costs, and the predictions.
 
 python reproduce/collect.py load_model_path.json merged/ results/<study>/<run>/<seed>.json \
     results/<study>/<run>/<seed>.parquet
@@ -25,12 +25,12 @@ def rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
-    return [rounded(each) for each in value] if isinstance(value, list) else value
+        return {key: rounded(entry) for key, entry in value.items()}
+    return [rounded(entry) for entry in value] if isinstance(value, list) else value
 
 
 def collect(directories: dict[str, str], merged: Path, run: str, seed: int) -> dict[str, Any]:
-    """The record of one run, out of its run directories and its merge."""
+    """The record of one run, from its run directories {task: path} and its merge."""
     results = json.loads((merged / "results.json").read_text())
     interference = json.loads((merged / "interference.json").read_text())
     args, metrics = (
@@ -49,10 +49,10 @@ def collect(directories: dict[str, str], merged: Path, run: str, seed: int) -> d
         "tasks": list(directories),
         "training": {
             **{name: first[name] for name in TRAINING},
-            "lr": {task: each["lr"] for task, each in args.items()},
-            "epochs": {task: each["epochs"] for task, each in args.items()},
-            "examples": {task: each["data"]["train"]["examples"] for task, each in args.items()},
-            "seconds": sum(each.get("train_runtime", 0.0) for each in metrics.values()),
+            "lr": {task: run["lr"] for task, run in args.items()},
+            "epochs": {task: run["epochs"] for task, run in args.items()},
+            "examples": {task: run["data"]["train"]["examples"] for task, run in args.items()},
+            "seconds": sum(values.get("train_runtime", 0.0) for values in metrics.values()),
         },
         "transform": first["transform"] if first["load_model_path"] else None,
         "evaluation": results["evaluation"],
@@ -67,7 +67,9 @@ def collect(directories: dict[str, str], merged: Path, run: str, seed: int) -> d
         "search": results["search"],
         "interference": {
             **{name: interference[name]["overall"] for name in (*MATRICES, *VECTORS)},
-            "error": {name: each["overall"] for name, each in interference["merge_error"].items()},
+            "error": {
+                name: error["overall"] for name, error in interference["merge_error"].items()
+            },
             "modules": interference["modules"],
             "layers": layers,
         },
@@ -75,7 +77,7 @@ def collect(directories: dict[str, str], merged: Path, run: str, seed: int) -> d
 
 
 def main() -> None:
-    """Write the record, and the predictions beside it."""
+    """Write the record and the predictions."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("load_model_path", type=Path)
     parser.add_argument("merged", type=Path)

@@ -1,21 +1,19 @@
-"""Which ε? What contrastive starts meet of own and other features, and each other, from a bank.
+"""The choice of ε: energies of own and other features along contrastive starts, from a bank.
 
 python train_glue.py --backbone minilm --max-seq-len 64 --feature-bank bank --only-features
 python reproduce/epsilon.py bank
 """
 
 import argparse
-from functools import reduce
 from itertools import combinations
-from operator import add
 from pathlib import Path
 from statistics import mean, median
 
 import torch
 
-from osrm.features import read_bank
+from osrm.bank import read_bank
 from osrm.interference import overlap, relative_energy, row_space
-from osrm.moments import without
+from osrm.moments import own_and_others
 from osrm.starts import Problem, draw
 
 RANK = 8
@@ -24,7 +22,7 @@ ROWS += [("contrastive", epsilon) for epsilon in (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 
 
 
 def main(directory: Path) -> None:
-    """Print one row for each start: energies relative to random directions, means over layers."""
+    """Print a row per start: energies relative to random directions, means over the layers."""
     bank = read_bank(directory)
     leaders = sorted({*next(iter(bank.values())).leaders.values()})
     print("| start | own energy | energy of the others | own / others | overlap of tasks |")
@@ -33,9 +31,9 @@ def main(directory: Path) -> None:
         own, others, overlaps = [], [], []
         for leader in leaders:
             moments = {task: file[leader] for task, file in bank.items()}
-            total, frames = reduce(add, moments.values()), []
-            for seed, (task, moment) in enumerate(moments.items()):
-                avoided = without(total, moments, task)
+            frames = []
+            statistics = own_and_others(moments, moments, moments)
+            for seed, (_, moment, avoided) in enumerate(statistics):
                 problem = Problem(moment.data.shape[1], RANK, moment, avoided, epsilon)
                 A = draw(init, problem, torch.Generator().manual_seed(seed))
                 own.append(relative_energy(A, moment))

@@ -26,11 +26,11 @@ def lambda_curves(study: Study, path: Path) -> None:
     figure, fields = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
     for axes, method in zip(fields, METHODS):
         for start in study.starts:
-            found = [*curves(study, start, method).values()]
-            if not found:
+            pairs = [*curves(study, start, method).values()]
+            if not pairs:
                 continue
             colour, marker = STYLE[start]
-            grid, heights = found[0][0], 100 * np.array([scores for _, scores in found])
+            grid, heights = pairs[0][0], 100 * np.array([scores for _, scores in pairs])
             middle, width = heights.mean(0), heights.std(0)
             axes.plot(grid, middle, marker + "-", color=colour, label=TITLES[start], markersize=5)
             axes.fill_between(grid, middle - width, middle + width, color=colour, alpha=0.12)
@@ -68,18 +68,18 @@ def size_curves(study: Study, path: Path) -> None:
 
 
 def heat_maps(study: Study, path: Path) -> None:
-    """Who shifts whom: relative shift of each task's outputs by each adapter, before merging."""
+    """The relative shift of each task's outputs by each adapter, before merging."""
     shown = ("gaussian", "analytical", "contrastive")
     starts = [start for start in shown if start in study.starts] or study.starts[:1]
-    found = {
-        start: 100 * np.mean([table(each, "shift") for each in study.records[start].values()], 0)
+    shifts = {
+        start: 100 * np.mean([table(run, "shift") for run in study.records[start].values()], 0)
         for start in starts
     }
     tasks = next(iter(study.records[starts[0]].values()))["tasks"]
-    top = max(map(np.nanmax, found.values()))
+    top = max(map(np.nanmax, shifts.values()))
     size = (1.5 + 3.2 * len(starts), 4)
     figure, fields = plt.subplots(1, len(starts), figsize=size, squeeze=False, layout="constrained")
-    for axes, (start, shift) in zip(fields[0], found.items()):
+    for axes, (start, shift) in zip(fields[0], shifts.items()):
         image = axes.imshow(shift, cmap="Blues", vmin=0, vmax=top)
         for i, j in np.ndindex(shift.shape):
             colour = "white" if shift[i, j] > 0.6 * top else "black"
@@ -109,14 +109,15 @@ def layer_energies(study: Study, path: Path) -> None:
     }
     for axes, (title, mask) in zip(fields, chosen.items()):
         for start in study.starts:
-            if not all(mask(len(each["tasks"])).any() for each in study.records[start].values()):
-                continue  # one task alone has no others
+            records = study.records[start].values()
+            if not all(mask(len(record["tasks"])).any() for record in records):
+                continue  # a single task has no others
             heights = [
                 [
                     np.nanmean(np.array(layer, dtype=float)[mask(len(layer))])
-                    for layer in each["interference"]["layers"]["energy_before"].values()
+                    for layer in record["interference"]["layers"]["energy_before"].values()
                 ]
-                for each in study.records[start].values()
+                for record in records
             ]
             colour, marker = STYLE[start]
             middle = np.mean(heights, 0)
@@ -129,14 +130,14 @@ def layer_energies(study: Study, path: Path) -> None:
 
 
 def finish(figure: plt.Figure, path: Path) -> None:
-    """One legend for both fields, and to disk."""
+    """Write the figure with one legend for both fields."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    found = {
+    handles = {
         label: handle
         for axes in figure.axes
         for handle, label in zip(*axes.get_legend_handles_labels())
     }
     style = {"frameon": False, "ncols": 3, "loc": "outside upper center", "fontsize": 9}
-    figure.legend([*found.values()], [*found], **style)
+    figure.legend([*handles.values()], [*handles], **style)
     save(figure, path)

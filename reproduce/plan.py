@@ -22,51 +22,50 @@ KINDS = ("vary", "multiply_lr", "transform", "subsets")
 
 
 def variations(kind: str) -> dict[str, Any]:
-    """{variation: what it is} of all questions of a kind."""
+    """{variation: its flags, factor or number of tasks} of all questions of a kind."""
     return {
         name: value for asked in QUESTIONS.values() for name, value in asked.get(kind, {}).items()
     }
 
 
 def varied_runs(question: str) -> list[str]:
-    """start+variation of one question, each start's behind it."""
+    """The runs of one question: each start, followed by its variations."""
     asked = QUESTIONS[question]
     (names,) = (asked[kind] for kind in KINDS if kind in asked)
     return [run for start in asked["starts"] for run in (start, *(f"{start}+{n}" for n in names))]
 
 
 def runs(study: str, question: str | None = None) -> list[str]:
-    """The runs of one question of a study, or of all, as start[+variation]/seed."""
+    """The runs of one question of a study, or of all questions, as start[+variation]/seed."""
     setting = STUDIES[study]
     starts = setting.get("starts", [*STARTS])
     if question == "methods":
         return [f"{start}/{seed}" for start in starts for seed in setting["seeds"]]
     if question is None:
-        return [run for each in ("methods", *QUESTIONS) for run in runs(study, each)]
-    found = []
+        return [run for name in ("methods", *QUESTIONS) for run in runs(study, name)]
+    asked = []
     for run in varied_runs(question):
         start, _, name = run.partition("+")
         if name and start in starts and name in setting.get("variations", [name]):
-            found += [f"{run}/{seed}" for seed in setting["more_seeds"]]
-    return found
+            asked += [f"{run}/{seed}" for seed in setting["more_seeds"]]
+    return asked
 
 
 def chosen_rates(scores: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     """The rate of each start: the smallest whose mean is within one standard error of the best.
 
-    The rule of one standard error (Breiman et al., 1984): of what the seeds cannot tell apart, the
-    mildest. The seeds are few, so the error is pooled over all starts and rates; of one seed it is
-    unknown, and the best is taken.
+    This is the rule of one standard error (Breiman et al., 1984). The seeds are few, so the error
+    is pooled over all starts and rates. With one seed it is unknown, and the best rate is taken.
 
     Args:
-        scores: {start: {rate: the selection score of each seed}}, equally many seeds for each.
+        scores: {start: {rate: the selection score of each seed}}, with the same number of seeds.
     """
-    cells = [found for rates in scores.values() for found in rates.values()]
+    cells = [values for rates in scores.values() for values in rates.values()]
     seeds = len(cells[0])
     error = sqrt(fmean(map(variance, cells)) / seeds) if seeds > 1 else 0.0
     chosen = {}
     for start, rates in scores.items():
-        means = {rate: fmean(found) for rate, found in rates.items()}
+        means = {rate: fmean(values) for rate, values in rates.items()}
         near = [rate for rate in rates if means[rate] >= max(means.values()) - error]
         chosen[start] = {"lr": min(near, key=float), "standard_error": error, "tried": means}
     return chosen

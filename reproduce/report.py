@@ -1,7 +1,7 @@
 """The page of a study out of its results: python reproduce/report.py reproduce/results/embedded
 
-Writes report.html, which needs nothing else, report.md, and the plots beside them; --readme also
-puts the tables that the README shows between its two markers.
+Writes report.html, which needs nothing else, report.md, and the plots beside them; --page also puts
+the main tables between the two markers of another page, such as docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import Any
 
 import claims
 import figures
+import pandas as pd
 import tables
 from jinja2 import Environment, FileSystemLoader
 from plan import HERE, QUESTIONS, STARTS, runs, varied_runs
 from study import Study
 
 from osrm.errors import UserError, run_script
+from osrm.files import write_text
 from osrm.report import markdown
-from osrm.runs import write_text
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Section:
     """What it is made of; all starts if it does not say."""
     short: bool = True
     """Whether it also stands in report.md."""
-    readme: bool = False
-    """Whether its tables also stand in the README."""
+    page: bool = False
+    """Whether `--page` shows its tables."""
 
 
 def sections(study: Study) -> list[Section]:
@@ -59,45 +60,46 @@ def results(study: Study) -> list[Section]:
     return [
         Section(
             "Claims",
-            "Differences of the average score × 100 with 95 % intervals, paired by seed: bootstrap"
-            " over seeds and examples; for λ and the number of tasks, which have no predictions to"
-            " draw from, Student's over the seeds. A claim shows if its interval lies above 0 (for"
-            " “within 1 %”: above −1), does not if it lies below or at it, and is undecided else"
-            " or with one seed. The intervals are not corrected for their number: one in twenty"
-            " misses. What is known of the paper comes from third-party notes.",
+            "Differences of the average score × 100, paired by seed, with 95 % intervals from a"
+            " bootstrap over seeds and examples. For λ and the number of tasks there are no"
+            " predictions to draw from, so these intervals are Student's over the seeds. A claim"
+            " shows if its interval lies above 0 (for “within 1 %”: above −1). It does not show if"
+            " the interval lies below or at that bound. It is undecided otherwise, or with one"
+            " seed. The intervals are not corrected for their number: one in twenty misses. What is"
+            " known of the paper comes from third-party notes.",
             (claims.claim_table(study),),
             runs=tuple(dict.fromkeys([*study.starts, *sizes])),
-            readme=True,
+            page=True,
         ),
         Section(
             "Which start, which method",
             "Average score of the tasks × 100 under each task's own head, mean ± standard"
-            " deviation over the seeds. λ is chosen on held-out data. The constants answer all"
-            " examples alike.",
+            " deviation over the seeds. λ is chosen on held-out data. The constants give every"
+            " example the same answer.",
             (tables.main_table(study),),
-            readme=True,
+            page=True,
         ),
         Section(
             "Normalised average",
-            "Mean over the tasks of the score / the score of the task's own adapter, × 100: what a"
-            " merge keeps, whatever there was to keep.",
+            "Mean over the tasks of the score / the score of the task's own adapter, × 100: the"
+            " share that a merge keeps.",
             (tables.start_table(study, "normalised_average"),),
             short=False,
         ),
         Section(
             "Paired differences",
-            "Of the average score × 100, by seed, with 95 % bootstrap intervals over seeds and"
-            " examples. With few seeds they can be too narrow: in a simulation they held the truth"
-            " in 74 % of studies of three seeds, 82 % of five, if only the seeds made noise, and"
-            " in 93 % and 95 % if the examples made as much.",
+            "Differences of the average score × 100, paired by seed, with 95 % bootstrap intervals"
+            " over seeds and examples. With few seeds the intervals can be too narrow. In a"
+            " simulation they held the truth in 74 % of studies of three seeds and 82 % of five if"
+            " only the seeds made noise, and in 93 % and 95 % if the examples made as much.",
             (tables.difference_table(study),),
         ),
         Section(
             "Single tasks",
-            "Each task with its own adapter, × 100. The most frequent label, and the best constant,"
-            " are what needs no model: by F1 the best constant may be the rarer label.",
+            "Each task with its own adapter, × 100. The most frequent label and the best constant"
+            " need no model. By F1 the best constant may be the rarer label.",
             (tables.task_table(study, "individual"),),
-            readme=True,
+            page=True,
         ),
         Section(
             "Task arithmetic, by task",
@@ -139,9 +141,10 @@ def illustrated(study: Study) -> list[Section]:
             study,
             figures.heat_maps,
             "Interference",
-            "‖ΔW Xᵀ‖ / ‖W0 Xᵀ‖ × 100 of each adapter on each task's data: the diagonal is wanted."
-            " Energy: of the features along A before training, 1 being random directions. Overlap:"
-            " median principal cosine of two tasks' trained A. Drift: ‖change of A‖ / ‖start‖."
+            "‖ΔW Xᵀ‖ / ‖W0 Xᵀ‖ × 100 of each adapter on each task's data. Only the diagonal is"
+            " wanted. Energy: that of the features along A before training; random directions have"
+            " 1. Overlap: median principal cosine of two tasks' trained A. Drift: ‖change of A‖ /"
+            " ‖start‖."
             " Error: ‖(M − ΔW) Xᵀ‖ / ‖W0 Xᵀ‖ × 100 of the task-arithmetic merge M on each task's"
             " own data. Merges: task arithmetic, TIES and EMR together.",
             (tables.run_table(study, study.starts),),
@@ -185,14 +188,15 @@ def rates(study: Study) -> list[Section]:
 
 
 VARIED = {
-    "samples": "Examples a task for the features that A avoids.",
+    "samples": "Examples per task for the features that A avoids.",
     "block": "The adapted projections.",
-    "freeze": "A or B stays as it starts; B frozen is a trained head alone.",
-    "rank": "The rank; alpha / rank stays 2.",
+    "freeze": "A or B stays as it starts. With B frozen, only the head is trained.",
+    "rank": "The rank. alpha / rank stays 2.",
     "rate": "lr2x: twice the rate that was chosen.",
-    "features": "Which vectors count: every token, one mean an example, one mean a task.",
-    "transform": "Finished LoRA adapters, moved: nullify is ours; project is the paper's, of an"
-    " arbitrary A; release-project the published code's, its update alpha / rank times too large.",
+    "features": "Which vectors count: every token, one mean per example, or one mean per task.",
+    "transform": "Finished LoRA adapters, transformed. nullify is ours. project is the paper's,"
+    " with an arbitrary A. release-project is the published code's, whose update is alpha / rank"
+    " times too large.",
 }
 
 
@@ -276,7 +280,7 @@ def sources(study: Study, part: Section) -> dict[str, list[str]]:
 
 
 def markdown_page(study: Study, parts: list[Section]) -> str:
-    """The short form, for a README."""
+    """The short form."""
     absent = missing(study)
     lines = [f"{len(absent)} runs of this study are not there yet."] if absent else []
     lines += study.problems
@@ -290,22 +294,22 @@ def markdown_page(study: Study, parts: list[Section]) -> str:
 
 def markdown_tables(part: Section) -> list[str]:
     """The tables of a section."""
-    return [
-        markdown([head, ["---", *["---:"] * (len(head) - 1)], *body]) for head, *body in part.tables
-    ]
+    return [markdown(pd.DataFrame(body, columns=head)) for head, *body in part.tables]
 
 
-def with_results(readme: str, study: Study, parts: list[Section]) -> str:
-    """A README's text with the tables it shows, between its markers.
+def with_results(page: str, study: Study, parts: list[Section]) -> str:
+    """The text of a page with the main tables between its markers.
 
     Raises:
         UserError: it has no markers.
     """
     begin, end = (f"<!-- {each} of reproduce/results/{study.name} -->" for each in ("begin", "end"))
-    if not 0 <= readme.find(begin) < readme.find(end):
-        raise UserError(f"the README has no line {begin} with a line {end} below it")
-    shown = [text for part in parts if part.readme for text in (part.note, *markdown_tables(part))]
-    before, after = readme.split(begin)[0], readme.split(end)[1]
+    if not 0 <= page.find(begin) < page.find(end):
+        raise UserError(
+            f"--page: the file has no line {begin} with a line {end} below it; add them"
+        )
+    shown = [text for part in parts if part.page for text in (part.note, *markdown_tables(part))]
+    before, after = page.split(begin)[0], page.split(end)[1]
     return "\n\n".join([before + begin, *shown, end + after])
 
 
@@ -328,14 +332,14 @@ def html_page(study: Study, parts: list[Section]) -> str:
     )
 
 
-def write(directory: Path, readme: Path | None = None) -> None:
+def write(directory: Path, page: Path | None = None) -> None:
     """Read, compute, write."""
     study = Study(directory)
     if not study.starts:
         raise UserError(f"{directory}: no <start>/<seed>.json in it; run the study first")
     parts = sections(study)
-    if readme:
-        write_text(readme, with_results(readme.read_text(encoding="utf-8"), study, parts))
+    if page:
+        write_text(page, with_results(page.read_text(encoding="utf-8"), study, parts))
     write_text(directory / "report.md", markdown_page(study, parts))
     write_text(directory / "report.html", html_page(study, parts))
 
@@ -344,9 +348,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, help="reproduce/results/<study>")
-    parser.add_argument("--readme", type=Path, help="also put tables between this file's markers")
+    parser.add_argument("--page", type=Path, help="also put tables between this file's markers")
     given = parser.parse_args()
-    write(given.directory, given.readme)
+    write(given.directory, given.page)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The results of a study, read: reproduce/results/<study>/<run>/<seed>.json and .parquet."""
+"""Read the results of a study: reproduce/results/<study>/<run>/<seed>.json and .parquet."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Difference:
-    """One start minus another, paired by seed: × 100."""
+    """One start minus another, paired by seed, × 100, with its interval."""
 
     mean: float
     low: float
@@ -40,12 +40,12 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Whether it is above 0, as far as the interval tells."""
+        """Whether the interval is above 0."""
         return self.above(0)
 
     @property
     def sign(self) -> str:
-        """Higher or lower, as far as the interval tells; one seed does not."""
+        """Higher or lower if the interval excludes 0; undecided with one seed."""
         if self.low == self.high == 0:
             return "equal"
         if len(self.seeds) == 1 or self.low <= 0 <= self.high:
@@ -53,7 +53,7 @@ class Difference:
         return "higher" if self.low > 0 else "lower"
 
     def above(self, bound: float) -> str:
-        """Whether it is above a bound; one seed is no verdict, since seeds differ."""
+        """Whether the interval is above a bound; undecided with one seed."""
         if len(self.seeds) > 1 and self.low > bound:
             return "shows here"
         if len(self.seeds) > 1 and self.high <= bound:
@@ -62,13 +62,13 @@ class Difference:
 
 
 class Study:
-    """All runs of a study that are there."""
+    """All finished runs of a study."""
 
     def __init__(self, directory: Path) -> None:
-        """Read every record; predictions only when they are asked for."""
+        """Read every record. Predictions are read when they are needed."""
         self.directory, self.name = directory, directory.name
         self.problems: dict[str, None] = {}
-        """What of the results could not be used, and why, in the order in which it was met."""
+        """Results that could not be used, and why; a dict keeps each once, in order."""
         self.records: dict[str, dict[int, dict[str, Any]]] = {}
         for path in sorted(directory.glob("*/*.json")):
             try:
@@ -85,7 +85,7 @@ class Study:
 
     @property
     def starts(self) -> list[str]:
-        """Those that have results, in the order of questions.yaml."""
+        """The starts that have results, in the order of questions.yaml."""
         return [start for start in STARTS if start in self.records]
 
     @cached_property
@@ -98,31 +98,31 @@ class Study:
         return [*names]
 
     def values(self, run: str, row: str, what: str = "average") -> dict[int, float]:
-        """{seed: average, normalised_average, merge_seconds, ... of one row}."""
-        found = {}
-        for seed, record in self.records.get(run, {}).items():
-            for each in record["rows"]:
-                if each["name"] == row and each.get(what) is not None:
-                    found[seed] = each[what]
-        return found
+        """{seed: one number of a row}; `what` may be normalised_average, merge_seconds, ..."""
+        return {
+            seed: line[what]
+            for seed, record in self.records.get(run, {}).items()
+            for line in record["rows"]
+            if line["name"] == row and line.get(what) is not None
+        }
 
     def scores(self, run: str, row: str) -> dict[str, list[float]]:
         """{task: the score of every seed}."""
-        found: dict[str, list[float]] = {}
+        scores: dict[str, list[float]] = {}
         for record in self.records.get(run, {}).values():
-            for each in record["rows"]:
-                if each["name"] == row:
-                    for task, score in each["scores"].items():
-                        found.setdefault(task, []).append(score)
-        return found
+            for line in record["rows"]:
+                if line["name"] == row:
+                    for task, score in line["scores"].items():
+                        scores.setdefault(task, []).append(score)
+        return scores
 
     def scales(self, run: str, method: str) -> list[float]:
-        """The λ that were chosen."""
-        records = self.records.get(run, {}).values()
-        return [each["search"][method]["best"] for each in records if method in each["search"]]
+        """The chosen λ of every seed."""
+        searches = [record["search"] for record in self.records.get(run, {}).values()]
+        return [search[method]["best"] for search in searches if method in search]
 
     def predictions(self, run: str, seed: int) -> pd.DataFrame | None:
-        """Every prediction on a reported example, if they are there: merge.py's own file."""
+        """merge.py's predictions.parquet of one run; None if it is missing or damaged."""
         key = run, seed
         if key not in self._predictions:
             path = self.directory / run / f"{seed}.parquet"
@@ -134,7 +134,7 @@ class Study:
         return self._predictions[key]
 
     def resamples(self, run: str, seed: int) -> Mapping[str, Any]:
-        """{row: average score (resamples,)}, once a run whose predictions are there."""
+        """{row: average score (resamples,)} of a run that has predictions; computed once."""
         key = run, seed
         if key not in self._resamples:
             rows = [row["name"] for row in self.records[run][seed]["rows"]]
@@ -147,7 +147,7 @@ class Study:
         """The first run minus the second, over the seeds that both have on the same examples.
 
         Args:
-            relative: divided by the second, in percent.
+            relative: divide by the second, in percent.
         """
         first, second = self.values(run, row), self.values(other, row)
         seeds = sorted(
@@ -169,7 +169,7 @@ class Study:
         return Difference(100 * middle, 100 * low, 100 * high, tuple(seeds))
 
     def comparable(self, run: str, other: str, seed: int) -> bool:
-        """Whether two runs were scored on the same examples; if not, it is said once."""
+        """Whether two runs were scored on the same examples; if not, note the problem."""
         one, two = self.predictions(run, seed), self.predictions(other, seed)
         if one is None or two is None:
             return False
@@ -182,10 +182,10 @@ class Study:
 
 
 def over_seeds(differences: Mapping[int, float]) -> Difference | None:
-    """Of one difference a seed, × 100, by Student's t: for what has no predictions to draw from."""
+    """One difference per seed, × 100, with Student's interval: for values without predictions."""
     if len(differences) < 2:
         return None
-    values = [100 * each for each in differences.values()]
+    values = [100 * difference for difference in differences.values()]
     return Difference(mean(values), *seed_interval(values), tuple(differences))
 
 
@@ -198,5 +198,5 @@ def spread(values: Sequence[float], factor: float = 100, digits: int = 1) -> str
 
 
 def area(grid: Sequence[float], scores: Sequence[float]) -> float:
-    """The mean height of the curve of a score against λ, by trapezoids."""
+    """The mean height of the curve of a score against λ, by the trapezoidal rule."""
     return float(np.trapezoid(scores, grid)) / (grid[-1] - grid[0])

@@ -1,4 +1,4 @@
-"""The tables of a study's page, each a head and lines of cells."""
+"""The tables of a study's page. A table is a list of lines of cells; the first line is the head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from osrm.glue import TASKS
 
 Table = list[list[str]]
 METHODS = ("task_arithmetic", "ties", "emr")
-"""What every run was merged with."""
+"""The methods that merge every run."""
 PAIRS = [
     ("analytical", "gaussian"),
     ("analytical", "gaussian-norm1"),
@@ -33,11 +33,11 @@ PLAIN = {
     "rate": "of the chosen rate",
     "features": "token",
 }
-"""What the plain run of a start is called among the variations of a question."""
+"""{question: the setting of a start's plain run, which its variations change}"""
 
 
 def title(run: str) -> str:
-    """What a run is called: its start, and how it varies."""
+    """A run's name in the tables: its start and its variation."""
     start, _, variation = run.partition("+")
     return f"{TITLES[start]}, {variation}" if variation else TITLES[start]
 
@@ -54,7 +54,7 @@ def main_table(study: Study) -> Table:
 
 
 def start_table(study: Study, what: str) -> Table:
-    """One value × 100 of each row and start, and the time that the merge takes."""
+    """One value × 100 of each row and start, and the time of the merge."""
     lines = [["", *(TITLES[start] for start in study.starts), "merge, s"]]
     for row in study.rows:
         cells = [spread([*study.values(start, row, what).values()]) for start in study.starts]
@@ -63,26 +63,26 @@ def start_table(study: Study, what: str) -> Table:
 
 
 def seconds(study: Study, runs: Iterable[str]) -> list[str]:
-    """Wall time of the training of all tasks, mean over the seeds; – of what is not trained."""
-    found = []
+    """Wall time of training all tasks, mean over the seeds; – if nothing was trained."""
+    cells = []
     for run in runs:
         records = study.records.get(run, {}).values()
-        times = [each["training"]["seconds"] for each in records if not each.get("transform")]
-        found.append(f"{mean(times):.0f}" if times else "–")
-    return found
+        times = [record["training"]["seconds"] for record in records if not record.get("transform")]
+        cells.append(f"{mean(times):.0f}" if times else "–")
+    return cells
 
 
 def merging(study: Study, runs: Iterable[str], rows: Iterable[str]) -> str:
-    """Wall time of merging all tasks with each of these methods, one after the other."""
+    """Wall time of merging all tasks with these methods, one after the other."""
     times = []
     for row in rows:
-        found = [t for run in runs for t in study.values(run, row, "merge_seconds").values()]
-        times += [mean(found)] if found else []
+        costs = [t for run in runs for t in study.values(run, row, "merge_seconds").values()]
+        times += [mean(costs)] if costs else []
     return f"{sum(times):.2g}" if times else "–"
 
 
 def scale_table(study: Study) -> Table:
-    """The λ chosen on held-out data, by seed, and the time that a merge takes."""
+    """The λ chosen on held-out data, by seed, and the time of the merge."""
     methods = [row for row in study.rows if any(study.scales(s, row) for s in study.starts)]
     lines = [["", *(TITLES[start] for start in study.starts), "merge, s"]]
     for method in methods:
@@ -95,16 +95,16 @@ def scale_table(study: Study) -> Table:
 
 
 def task_table(study: Study, row: str) -> Table:
-    """Each task's score of one row; and of always the same answer, the most frequent one."""
-    found = {start: study.scores(start, row) for start in study.starts}
-    tasks = [task for task in TASKS if any(task in scores for scores in found.values())]
+    """Each task's score of one row, and of constant answers."""
+    starts = {start: study.scores(start, row) for start in study.starts}
+    tasks = [task for task in TASKS if any(task in scores for scores in starts.values())]
     lines = [["", *tasks, "training, s"]]
-    for start, scores in found.items():
+    for start, scores in starts.items():
         cells = [spread(scores.get(task, [])) for task in tasks]
         lines.append([TITLES[start], *cells, *seconds(study, [start])])
     for name, choose in CONSTANTS.items():
-        scores = constants(study, choose)
-        cells = [f"{100 * scores[task]:.1f}" if task in scores else "–" for task in tasks]
+        means = constants(study, choose)
+        cells = [f"{100 * means[task]:.1f}" if task in means else "–" for task in tasks]
         lines.append([name, *cells, "0"])
     return lines
 
@@ -113,31 +113,31 @@ def constants(study: Study, choose: Callable[[str, Array], float]) -> dict[str, 
     """{task: the score of one answer to all examples, mean over the seeds of all starts}.
 
     Args:
-        choose: of a task and its labels (examples,), that score.
+        choose: gives that score for a task and its labels (examples,).
     """
-    found: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = {}
     for start in study.starts:
         for seed in study.records[start]:
             table = study.predictions(start, seed)
             if table is not None:
                 for task, part in table[table.split == ""].groupby("task", sort=False):
-                    found.setdefault(task, []).append(choose(task, part.label.to_numpy(float)))
-    return {task: mean(scores) for task, scores in found.items()}
+                    scores.setdefault(task, []).append(choose(task, part.label.to_numpy(float)))
+    return {task: mean(values) for task, values in scores.items()}
 
 
 def constant_score(task: str, answer: float, labels: Array) -> float:
-    """What the task's metrics give one answer; a constant has no correlation: 0."""
-    return float(score(task, np.full((1, len(labels)), answer), labels[None])[0])
+    """The task's score if every example gets this answer; correlations are 0 then."""
+    return float(score(task, np.full(len(labels), answer), labels))
 
 
 def most_frequent(task: str, labels: Array) -> float:
-    """The score of the most frequent label; of a regression 0, as of any constant."""
+    """The score of the most frequent label; 0 for a regression, as for any constant."""
     values, counts = np.unique(labels, return_counts=True)
     return constant_score(task, values[counts.argmax()], labels)
 
 
 def best_constant(task: str, labels: Array) -> float:
-    """The score of the best constant: by F1 the rarer label may be it, as in qqp."""
+    """The score of the best constant. By F1 that may be the rarer label, as in qqp."""
     return max(constant_score(task, value, labels) for value in np.unique(labels))
 
 
@@ -158,26 +158,26 @@ def difference_table(study: Study) -> Table:
 def contrasts(question: str) -> list[tuple[str, str]]:
     """What a question compares: each variation with the plain run, and the starts in `PAIRS`.
 
-    Other numbers of tasks are other examples, so only the starts are compared there. LoRA's plain
-    run stands for those that it does not depend on, such as the features.
+    Other numbers of tasks have other examples, so only starts are compared there. Where LoRA does
+    not depend on the variation (such as the features), its plain run is used.
     """
-    asked, found = QUESTIONS[question], []
+    asked, pairs = QUESTIONS[question], []
     for run in varied_runs(question):
         start, plus, variation = run.partition("+")
         if variation and "subsets" not in asked:
-            found.append((run, start))
+            pairs.append((run, start))
         if start == "gaussian":
             continue
         for other in dict.fromkeys(["gaussian", *(b for a, b in PAIRS if a == start)]):
             if other in asked["starts"]:
-                found.append((run, other + plus + variation))
+                pairs.append((run, other + plus + variation))
             elif other == "gaussian":
-                found.append((run, other))
-    return found
+                pairs.append((run, other))
+    return pairs
 
 
 def contrast_table(study: Study, question: str) -> Table:
-    """The paired differences of one question, and what task arithmetic's interval tells."""
+    """The paired differences of one question, and the sign of task arithmetic's."""
     lines = [["", "seeds", "single task", "task arithmetic", "TIES", "EMR", "task arithmetic is"]]
     for run, other in contrasts(question):
         cells = [study.difference(run, other, row) for row in ("individual", *METHODS)]
@@ -190,19 +190,18 @@ def contrast_table(study: Study, question: str) -> Table:
 
 
 def rate_table(rates: dict[str, Any]) -> Table:
-    """The mean selection score of each rate tried, and the rate chosen."""
-    tried = [*dict.fromkeys(rate for found in rates.values() for rate in found["tried"])]
+    """The mean selection score of each rate that was tried, and the chosen rate."""
+    tried = [*dict.fromkeys(rate for choice in rates.values() for rate in choice["tried"])]
     lines = [["", *tried, "chosen"]]
-    for start, found in rates.items():
-        scores = [
-            spread([found["tried"][rate]] if rate in found["tried"] else []) for rate in tried
-        ]
-        lines.append([title(start), *scores, found["lr"]])
+    for start, choice in rates.items():
+        means = choice["tried"]
+        cells = [spread([means[rate]] if rate in means else []) for rate in tried]
+        lines.append([title(start), *cells, choice["lr"]])
     return lines
 
 
 def area_table(study: Study) -> Table:
-    """Mean height of the curve of the held-out average against λ, its best value, their ratio."""
+    """The curve of the held-out average against λ: mean height, best value, their ratio."""
     measures: dict[str, Callable[[list[float], list[float]], float]] = {
         "area": area,
         "best": lambda grid, scores: max(scores),
@@ -222,13 +221,16 @@ def area_table(study: Study) -> Table:
 
 def curves(study: Study, run: str, method: str) -> dict[int, tuple[list[float], list[float]]]:
     """{seed: (grid of λ, held-out averages)}."""
-    records = study.records.get(run, {}).items()
-    found = {seed: each["search"].get(method) for seed, each in records}
-    return {seed: (each["grid"], each["average"]) for seed, each in found.items() if each}
+    searches = {seed: record["search"] for seed, record in study.records.get(run, {}).items()}
+    return {
+        seed: (search[method]["grid"], search[method]["average"])
+        for seed, search in searches.items()
+        if method in search
+    }
 
 
 def run_table(study: Study, runs: Sequence[str]) -> Table:
-    """A line a run: scores, what A meets before training, how far it drifts, time."""
+    """A line per run: scores, energies along A before training, drift, shifts, times."""
     head = ["", "seeds", "single task", "task arithmetic", "TIES", "EMR"]
     head += ["A: own energy", "A: others'", "overlap", "drift of A", "shift, own", "shift, others"]
     head += ["error, merged", "merges, s"]
@@ -249,12 +251,12 @@ def run_table(study: Study, runs: Sequence[str]) -> Table:
 
 
 def known_mean(values: np.ndarray) -> float | None:
-    """The mean of what is not NaN; None if nothing is known."""
+    """The mean without NaN; None if all are NaN."""
     return None if np.isnan(values).all() else float(np.nanmean(values))
 
 
 def side(table: str, own: bool) -> Callable[[dict[str, Any]], float | None]:
-    """The mean of a T × T table's diagonal, or of all else."""
+    """The mean of the diagonal of a T × T table, or of the other entries."""
 
     def measure(record: dict[str, Any]) -> float | None:
         matrix = np.array(record["interference"][table], dtype=float)
@@ -265,14 +267,14 @@ def side(table: str, own: bool) -> Callable[[dict[str, Any]], float | None]:
 
 
 def drift(record: dict[str, Any]) -> float | None:
-    """‖change of A‖ / ‖its start‖, mean over the tasks."""
+    """‖change of A‖ / ‖start of A‖, mean over the tasks."""
     return known_mean(np.array(record["interference"]["drift"], dtype=float))
 
 
 def merge_error(record: dict[str, Any]) -> float | None:
     """‖(M − ΔW) Xᵀ‖ / ‖W0 Xᵀ‖ of the task-arithmetic merge M, mean over the tasks."""
-    found = record["interference"]["error"].get("task_arithmetic")
-    return mean(found) if found else None
+    errors = record["interference"]["error"].get("task_arithmetic")
+    return mean(errors) if errors else None
 
 
 MEASURES = [

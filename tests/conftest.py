@@ -15,17 +15,24 @@ NUMBERS = (
     "merging",
     "task_vectors",
     "features",
+    "bank",
     "adapters",
+    "lending",
     "interference",
 )
 install_import_hook([f"osrm.{name}" for name in NUMBERS], "beartype.beartype")
 
+import gc
 import json
 import logging
+import multiprocessing
 import random
 import re
 import runpy
+import signal
+import socket
 import sys
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -33,9 +40,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
+    AutoModelForSequenceClassification,
     BertConfig,
     DistilBertConfig,
     LlamaConfig,
@@ -45,10 +54,22 @@ from transformers import (
     T5Config,
 )
 
+from osrm.commands.merge import run as merge
+from osrm.config import MergeConfig, TrainConfig
 from osrm.errors import run_script
 from osrm.glue import TASKS
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays, so that the Trainer's full collections need not look at it.
+
+    Each of them would take a third of a second, half of the time of a tiny run.
+    """
+    gc.collect()
+    gc.freeze()
+
 
 torch.set_num_threads(1)
 
@@ -163,11 +184,132 @@ def tiny_data(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def own_feature_cache(request, monkeypatch, tmp_path_factory):
     """Features are cached in a fresh place; the embedded model and data stay where they are."""
-    from osrm import features
+    from osrm import bank
 
     folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(features, "cache_dir", lambda: folder)
+    monkeypatch.setattr(bank, "cache_dir", lambda: folder)
     return folder
+
+
+def small(tiny: dict, data: Path, out: Path, family: str = "roberta", **more) -> TrainConfig:
+    """A run of seconds on a tiny random model."""
+    return TrainConfig(
+        **{
+            "backbone": str(tiny[family]),
+            "data_dir": str(data),
+            "output_dir": str(out),
+            "tasks": ["rte", "sst2"],
+            "rank": 2,
+            "alpha": 4,
+            "epochs": 2,
+            "lr": 1e-2,
+            "per_device_train_bsz": 16,
+            **more,
+        }
+    )
+
+
+def make_adapter(base: Path, folder: Path, labels: int, seed: int, **options) -> str:
+    """By PEFT alone: random factors and head; the second layer's query stays as it is."""
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=labels, ignore_mismatched_sizes=True
+    )
+    config = LoraConfig(task_type="SEQ_CLS", **{"modules_to_save": ["classifier"], **options})
+    model = get_peft_model(model, config)
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.3)
+        if "lora_B" in name and "layer.1.attention.self.query" in name:
+            parameter.data.zero_()
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def merge_them(paths: dict, folder: Path, name: str = "out", **options) -> Path:
+    """merge.py on checkpoints {task: path}: its output directory, of that name in the folder."""
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps({task: str(path) for task, path in paths.items()}))
+    merge(MergeConfig(load_model_path=str(file), output_dir=str(folder / name), **options))
+    return folder / name
+
+
+def written(directory: Path) -> dict[str, bytes]:
+    """What a merge has stored of one method."""
+    files = [*(directory / "updates").iterdir(), *(directory / "heads").iterdir()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.conftest", "osrm.commands.train", "osrm.commands.merge"])
+
+
+class Forked:
+    """`python script arguments`, without the seconds that its imports take.
+
+    Each process is the fork of one that has imported everything and done nothing. Several are
+    given what torchrun gives to its processes.
+    """
+
+    def __init__(
+        self, folder: Path, script: str | Path, *arguments: object, count: int = 1, **environ: str
+    ) -> None:
+        """Start; what the processes print goes to a file in `folder`, which is made."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.output = folder / "output.txt"
+        self.output.write_text("")
+        words = [str(ROOT / script), *map(str, arguments)]
+        if count > 1:
+            environ |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                environ["MASTER_PORT"] = str(free.getsockname()[1])
+        self.processes = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)
+            for rank in map(str, range(count)):
+                own = {"RANK": rank, "LOCAL_RANK": rank} if count > 1 else {}
+                target = partial(run_forked, words, self.output, environ | own)
+                process = FORKS.Process(target=target)
+                process.start()
+                self.processes.append(process)
+
+    def wait(self, seconds: float = 900) -> tuple[int, str]:
+        """The exit code that is furthest from 0, and what all have printed.
+
+        When one fails, the others have ten seconds left.
+        """
+        end = time.monotonic() + seconds
+        while any(process.is_alive() for process in self.processes):
+            time.sleep(0.02)
+            if any(process.exitcode for process in self.processes):
+                end = min(end, time.monotonic() + 10)
+            if time.monotonic() > end:
+                self.send_signal(signal.SIGKILL)
+        code = max((process.exitcode for process in self.processes), key=abs)
+        return code, self.output.read_text(errors="replace")
+
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def send_signal(self, number: int) -> None:
+        """As the launcher does: to all of them."""
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+
+def run_forked(words: list[str], output: Path, environ: dict[str, str]) -> None:
+    """Be the script that the first word names."""
+    with output.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    gc.freeze()
+    os.environ.update(environ)
+    os.chdir(ROOT)
+    sys.path.insert(0, str(Path(words[0]).parent))
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def snapshot(folder: Path) -> dict[Path, bytes | None]:

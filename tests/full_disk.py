@@ -21,9 +21,8 @@ from functools import partial
 from pathlib import Path
 
 from osrm.commands.train import train
-from osrm.config import TrainConfig
 from osrm.errors import run_script
-from tests.conftest import make_tiny, write_data
+from tests.conftest import make_tiny, small, write_data
 from tests.kills import check_readable, commands, content
 
 STEPS = 8
@@ -95,14 +94,8 @@ def main() -> None:
         folder = Path(name)
         backbone = make_tiny("roberta", folder / "tiny-roberta")
         data = write_data(folder / "data", ["rte", "sst2", "stsb"], train=60, validation=24)
-        config = TrainConfig(
-            backbone=str(backbone),
-            data_dir=str(data),
-            tasks=["rte"],
-            init="analytical",
-            epochs=2,
-            per_device_train_bsz=16,
-        )
+        options = {"init": "analytical", "epochs": 2}
+        config = small({"roberta": backbone}, data, folder, tasks=["rte"], **options)
         runs = replace(config, tasks=["rte", "sst2"], output_dir=f"{folder}/runs")
         train(runs)
         (paths,) = (folder / "runs").glob("load_model_path-*.json")

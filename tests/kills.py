@@ -31,17 +31,18 @@ from typing import Any
 import pandas as pd
 from safetensors.torch import load_file
 
-from osrm import features
-from osrm.commands import merge, setting, train
+from osrm import bank
+from osrm.commands import finish, merge, train
 from osrm.config import MergeConfig, TrainConfig
-from osrm.runs import write_json
+from osrm.files import write_json
 from osrm.training import UNFINISHED, TaskTrainer
+from tests.conftest import make_tiny, small, write_data
 
 # What begins each phase; a run is in it until the next of its phases, or its end.
 PHASES: dict[str, list[tuple[Any, str]]] = {
-    "features": [(features, "collect")],
+    "features": [(bank, "collect")],
     "training": [(TaskTrainer, "train")],
-    "saving": [(TaskTrainer, "_save_checkpoint"), (train, "finish"), (setting, "publish")],
+    "saving": [(TaskTrainer, "_save_checkpoint"), (train, "save_run"), (finish, "publish")],
     "merging": [(merge.Merger, "save")],
 }
 # What may differ: measured times and memory, and whether --resume was given.
@@ -220,13 +221,13 @@ def commands(
     if phase != "merging":
 
         def run(directory: Path, resume: bool) -> None:
-            features.cache_dir = lambda: directory / "cache"
+            bank.cache_dir = lambda: directory / "cache"
             train.train(replace(config, output_dir=str(directory), resume=resume))
 
         return partial(run, resume=False), partial(run, resume=True)
 
     def merge_all(directory: Path) -> None:
-        features.cache_dir = lambda: directory.parent / "cache"
+        bank.cache_dir = lambda: directory.parent / "cache"
         methods = ["task_arithmetic", "ties", "emr"]
         merge.run(
             MergeConfig(str(paths), methods, output_dir=str(directory), overwrite=True, scale=0.5)
@@ -237,8 +238,6 @@ def commands(
 
 def main(argv: list[str] | None = None) -> None:
     """Kill as often as the flags say, print and write what came of it."""
-    from tests.conftest import make_tiny, write_data
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=20, help="kills a phase")
     parser.add_argument("--seed", type=int, default=0)
@@ -250,14 +249,8 @@ def main(argv: list[str] | None = None) -> None:
         backbone, data = folder / "tiny-roberta", folder / "data"
         assert in_child(partial(make_tiny, "roberta", backbone)) == 0
         write_data(data, ["rte", "sst2", "stsb"], train=60, validation=24)
-        config = TrainConfig(
-            backbone=str(backbone),
-            data_dir=str(data),
-            tasks=["rte"],
-            init="analytical",
-            epochs=3,
-            per_device_train_bsz=16,
-        )
+        options = {"tasks": ["rte"], "init": "analytical", "epochs": 3}
+        config = small({"roberta": backbone}, data, folder, **options)
         results = {}
         for phase in PHASES:
             paths = None

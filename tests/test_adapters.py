@@ -1,6 +1,8 @@
 """Adapters: PEFT's own functions are the oracle for every name, shape and scaling."""
 
 import json
+import re
+import sys
 
 import pytest
 import torch
@@ -8,19 +10,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from osrm.adapters import (
-    adapted_modules,
+    CONFIG,
     add_lora,
-    applied,
-    load_head,
     read_adapter,
     save_adapter,
     write_adapter,
     write_factors,
     write_head,
 )
-from osrm.backbones import head_names, projections
+from osrm.backbones import Backbone, head_names, load_model, load_tokenizer, projections
 from osrm.checkpoints import Checkpoint, check_fits
 from osrm.errors import UserError
+from osrm.lending import applied, load_head
 from osrm.task_vectors import LoraPair, dense
 
 FAMILIES = ["roberta", "bert", "mpnet", "distilbert", "t5", "llama"]
@@ -108,8 +109,7 @@ def test_factors_for_other_layers_are_refused(tiny):
     base = load(tiny["roberta"])
     modules = projections(base, "qv", 2)
     model = add_lora(base, modules, rank=2, alpha=6)
-    assert adapted_modules(model) == modules
-    with pytest.raises(ValueError, match="LoRA on"):
+    with pytest.raises(ValueError, match=re.escape(f"LoRA on {sorted(modules)}")):
         write_factors(model, {modules[0]: torch.eye(2, 32)})
 
 
@@ -200,21 +200,35 @@ def _linear(model):
     ]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"use_dora": True},
-        {"bias": "lora_only"},
-        {"init_lora_weights": "pissa"},
-        {"init_lora_weights": "olora"},
-    ],
-    ids=str,
+SUPPORTED = "r lora_alpha rank_pattern alpha_pattern use_rslora lora_bias modules_to_save"
+HARMLESS = (
+    "base_model_name_or_path task_type auto_mapping peft_version revision inference_mode"
+    " target_modules exclude_modules layers_to_transform layers_pattern lora_dropout megatron_core"
+    " qalora_group_size eva_config corda_config lora_ga_config loftq_config"
 )
-def test_adapters_that_are_more_than_a_product_are_refused_by_name(tiny, tmp_path, options):
-    config = LoraConfig(r=2, target_modules=["query"], **options)
-    get_peft_model(load(tiny["roberta"]), config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=str(next(iter(options.values()))).replace("True", "_")):
+
+
+@pytest.mark.parametrize("start", [True, "gaussian", "eva", "orthogonal"])
+def test_a_plain_adapter_is_read_without_peft(tiny, tmp_path, monkeypatch, start):
+    model = add_lora(load(tiny["roberta"]), ["query"], rank=2, alpha=6)
+    model.peft_config["default"].init_lora_weights = start
+    save_adapter(model, tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert len(read_adapter(tmp_path)[0]) == 2
+
+
+@pytest.mark.parametrize("name", sorted(LoraConfig().to_dict().keys() - {*SUPPORTED.split()}))
+def test_every_option_that_may_change_the_update_is_refused_by_name(tiny, tmp_path, name):
+    """All of this PEFT's, also those that it will get."""
+    model = add_lora(load(tiny["roberta"]), ["query"], rank=2, alpha=6)
+    save_adapter(model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: "pissa"}))
+    if name in HARMLESS.split():
         read_adapter(tmp_path)
+    else:
+        with pytest.raises(UserError, match=f"{name}='pissa': only plain LoRA"):
+            read_adapter(tmp_path)
 
 
 def test_a_freed_weight_comes_back_after_an_error(tiny):
@@ -259,7 +273,7 @@ def test_freezing_and_precision(tiny):
     """What is trained is float32 on bfloat16 weights; --freeze A or B holds that factor alone."""
     for freeze, held in (("N", ()), ("A", ("lora_A",)), ("B", ("lora_B",))):
         base = load(tiny["roberta"]).bfloat16()
-        model = add_lora(base, projections(base, "qv", 2), 2, 4, freeze)
+        model = add_lora(base, projections(base, "qv", 2), 2, 4, freeze=freeze)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         kinds = {kind for kind in ("lora_A", "lora_B", "classifier") for n in trained if kind in n}
         assert kinds == {"lora_A", "lora_B", "classifier"} - set(held)
@@ -307,3 +321,39 @@ def test_what_is_written_is_read_back(biased, tmp_path):
     assert found.keys() == expected.keys()
     for name, delta in expected.items():
         torch.testing.assert_close(dense(found[name]), delta)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_of_the_base_makes_no_difference(tiny, family, classes, dtype, tmp_path):
+    """Neither to the weights, nor to the new head, nor to what is drawn next."""
+    whole = AutoModelForSequenceClassification.from_pretrained(tiny[family], num_labels=classes)
+    whole.to(dtype).save_pretrained(tmp_path / "head")
+    whole.base_model.save_pretrained(tmp_path / "body")
+    tokenizer = load_tokenizer(Backbone("", str(tiny[family])))
+    states = []
+    for name in ("body", "head"):
+        torch.manual_seed(7)
+        backbone = Backbone(name, str(tmp_path / name))
+        model = load_model(backbone, ("no", "yes"), tokenizer, "auto")
+        assert model.name_or_path == model.config.name_or_path == backbone.path
+        states.append(model.state_dict() | {"drawn": torch.rand(1)})
+        meta = load_model(backbone, ("no", "yes"), tokenizer, "auto", device="meta")
+        assert [t.shape for t in meta.state_dict().values()] == [
+            t.shape for t in model.state_dict().values()
+        ]
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert states[1][name].dtype == tensor.dtype and torch.equal(states[1][name], tensor), name
+
+
+def test_the_order_of_the_layers_in_the_file_does_not_depend_on_the_process(tiny, tmp_path):
+    """PEFT keeps their names in a set, whose order Python draws for each process."""
+    base = load(tiny["roberta"])
+    save_adapter(add_lora(base, projections(base, "qkv", 2), 2, 4), tmp_path / "saved")
+    pairs = {f"layer.{i}": LoraPair(torch.ones(1, 3), torch.ones(2, 1), 1.0) for i in range(9)}
+    write_adapter(tmp_path / "written", pairs, {}, None)
+    for folder in ("saved", "written"):
+        config = json.loads((tmp_path / folder / CONFIG).read_text())
+        assert config["target_modules"] == sorted(config["target_modules"])

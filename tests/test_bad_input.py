@@ -1,4 +1,4 @@
-"""Bad input is one line that names file, field and mend, and exit code 2, before any long work."""
+"""Bad input is one line that names file, field and fix, and exit code 2, before any long work."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ BAD_FLAGS = {
     "--lr 0": ["--lr 0", "above 0"],
     "--lr nan": ["--lr nan", "finite"],
     "--lr inf": ["--lr inf", "finite"],
-    "--lr=-1e-4": ["--lr -0.0001", "at least 0"],
+    "--lr=-1e-4": ["--lr -0.0001", "above 0"],
     "--warmup-ratio 1.5": ["--warmup-ratio 1.5", "below 1"],
     "--weight-decay nan": ["--weight-decay nan", "finite"],
     "--epochs 0": ["--epochs 0", "at least 1"],
@@ -176,7 +176,7 @@ def test_feature_bank_of_another_backbone(refuse, train_argv, filled, tmp_path, 
 
 GOOD = {"--load-epochs": '{"rte": 1, "sst2": 1}', "--load-lrs": '{"rte": 1e-3, "sst2": 1e-3}'}
 BROKEN = [
-    ("{", ["broken JSON", "mend the file"]),
+    ("{", ["broken JSON", "fix the file"]),
     ("", ["broken JSON"]),
     ("\xff\xfe", ["broken JSON"]),
     ("[5, 5]", ["expected an object"]),
@@ -186,16 +186,24 @@ BAD_TABLES = [
     *((flag, *case) for flag in ("--load-epochs", "--load-lrs") for case in BROKEN),
     ("--load-epochs", '{"rte": 1}', ["lacks the task 'sst2'", "add it"]),
     ("--load-epochs", "{}", ["'rte'", "'sst2'"]),
-    ("--load-epochs", '{"rte": "5", "sst2": 5}', ["'rte'", "expected int", "'5'"]),
-    ("--load-epochs", '{"rte": 5, "sst2": 2.5}', ["'sst2'", "expected int", "2.5"]),
-    ("--load-epochs", '{"rte": 5, "sst2": true}', ["'sst2'", "expected int", "True"]),
-    ("--load-epochs", '{"rte": 5, "sst2": null}', ["'sst2'", "expected int", "None"]),
-    ("--load-epochs", '{"rte": 0, "sst2": -1}', ["'rte'", "'sst2'", "positive"]),
+    ("--load-epochs", '{"rte": "5", "sst2": 5}', ["rte: expected a whole number", "'5'"]),
+    ("--load-epochs", '{"rte": 5, "sst2": 2.5}', ["sst2: expected a whole number", "2.5"]),
+    ("--load-epochs", '{"rte": 5, "sst2": true}', ["sst2: expected a whole number", "True"]),
+    ("--load-epochs", '{"rte": 5, "sst2": null}', ["sst2: expected a whole number", "None"]),
+    ("--load-epochs", '{"rte": 0, "sst2": -1}', ["rte: expected", "sst2: expected", "at least 1"]),
     ("--load-lrs", '{"rte": 1e-3}', ["lacks the task 'sst2'", "add it"]),
-    ("--load-lrs", '{"rte": -1e-3, "sst2": 1e-3}', ["'rte'", "positive", "-0.001"]),
-    ("--load-lrs", '{"rte": NaN, "sst2": Infinity}', ["'rte'", "'sst2'", "nan", "inf"]),
-    ("--load-lrs", '{"rte": "4e-4", "sst2": 1e-3}', ["'rte'", "expected float", "'4e-4'"]),
-    ("--load-lrs", '{"rte": false, "sst2": 1e-3}', ["'rte'", "expected float", "False"]),
+    (
+        "--load-lrs",
+        '{"rte": -1e-3, "sst2": 1e-3}',
+        ["expected a finite number above 0", "-0.001"],
+    ),
+    (
+        "--load-lrs",
+        '{"rte": NaN, "sst2": Infinity}',
+        ["rte: expected", "sst2:", "nan", "inf"],
+    ),
+    ("--load-lrs", '{"rte": "4e-4", "sst2": 1e-3}', ["rte: expected a finite number", "'4e-4'"]),
+    ("--load-lrs", '{"rte": false, "sst2": 1e-3}', ["rte: expected a finite number", "False"]),
 ]
 
 
@@ -212,8 +220,8 @@ BAD_MODEL_PATHS = [
     ('{"rte": "nowhere/merged_model"}', ["'rte'", "nowhere/merged_model"]),
     ('{"rte": "."}', ["'rte'", "holds neither", CONFIG, "model.safetensors"]),
     ('{"rte": "table.json"}', ["'rte'", "no directory table.json"]),
-    ('{"rte": ""}', ["'rte'", "expected a path"]),
-    ('{"rte": 3}', ["'rte'", "expected str"]),
+    ('{"rte": ""}', ["rte: expected text", "not empty"]),
+    ('{"rte": 3}', ["rte: expected text", "found 3"]),
 ]
 
 
@@ -443,20 +451,9 @@ def without_a_module(tensors: dict) -> None:
 
 
 @edit_tensors
-def without_one_B(tensors: dict) -> None:
-    del tensors[first_key(tensors, "lora_B")]
-
-
-@edit_tensors
 def wider_output(tensors: dict) -> None:
     name = first_key(tensors, "lora_B")
     tensors[name] = torch.ones(40, tensors[name].shape[1])
-
-
-@edit_tensors
-def rank_of_A_alone(tensors: dict) -> None:
-    name = first_key(tensors, "lora_A")
-    tensors[name] = torch.ones(5, tensors[name].shape[1])
 
 
 def truncated(name: str):
@@ -467,33 +464,11 @@ def truncated(name: str):
     return damage
 
 
+# Those of runs; test_malformed has what can be wrong with any adapter.
 BAD_CHECKPOINTS = {
     "other base": (
         edit_json("args.json", body_fingerprint="0123456789abcdef"),
         ["'rte'", "'sst2'", "different base models", "one base"],
-    ),
-    "other shapes": (wider_output, ["layer.0", "(32, 32)", "(40, 32)", "'rte'", "'sst2'"]),
-    "B is missing": (without_one_B, [f"sst2/{WEIGHTS}", "lora_A and lora_B", "layer.0"]),
-    "factors do not fit": (rank_of_A_alone, [f"sst2/{WEIGHTS}", "do not multiply", "(5, 32)"]),
-    "NaN in A": (with_value(float("nan"), "lora_A"), [WEIGHTS, "lora_A", "NaN", "train it again"]),
-    "infinity in B": (with_value(float("inf"), "lora_B"), [WEIGHTS, "lora_B", "infinity"]),
-    "NaN in the head": (with_value(float("nan"), "classifier"), [WEIGHTS, "classifier", "NaN"]),
-    "truncated weights": (truncated(WEIGHTS), [f"sst2/{WEIGHTS}", "not readable", "again"]),
-    "no weights": (lambda run: (run / WEIGHTS).unlink(), [f"sst2/{WEIGHTS}", "not readable"]),
-    "no config": (lambda run: (run / CONFIG).unlink(), ["models.json", "'sst2'", CONFIG]),
-    "truncated config": (truncated(CONFIG), [f"sst2/{CONFIG}", "PEFT adapter", "broken JSON"]),
-    "config is a list": (lambda run: (run / CONFIG).write_text("[]"), [f"sst2/{CONFIG}", "PEFT"]),
-    "alpha is text": (edit_json(CONFIG, lora_alpha="16"), [f"sst2/{CONFIG}", "lora_alpha", "'16'"]),
-    "alpha is null": (edit_json(CONFIG, lora_alpha=None), [f"sst2/{CONFIG}", "lora_alpha"]),
-    "DoRA": (edit_json(CONFIG, use_dora=True), [f"sst2/{CONFIG}", "use_dora", "plain LoRA"]),
-    "trained biases": (edit_json(CONFIG, bias="all"), [f"sst2/{CONFIG}", "bias=all", "plain LoRA"]),
-    "PiSSA": (
-        edit_json(CONFIG, init_lora_weights="pissa_niter_4"),
-        [f"sst2/{CONFIG}", "pissa", "base weights"],
-    ),
-    "not LoRA": (
-        lambda run: (run / CONFIG).write_text('{"peft_type": "IA3", "task_type": "SEQ_CLS"}'),
-        [f"sst2/{CONFIG}", "LoRA"],
     ),
     "no head": (without_head, ["sst2", "no trained head", "modules_to_save", "--no-eval"]),
     "truncated args": (truncated("args.json"), ["sst2/args.json", "broken JSON"]),

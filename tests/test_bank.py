@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from osrm.adapters import read_adapter
+from osrm.bank import FeatureFile, read_bank
 from osrm.commands.train import train
 from osrm.errors import UserError
-from osrm.features import FeatureFile, read_bank, starts
 from osrm.moments import Moment
 from osrm.runs import run_dir
-from tests.conftest import write_data
-from tests.test_training import small
+from osrm.starts import StartConfig, starts
+from tests.conftest import small, write_data
 
 TASKS = ["rte", "sst2", "stsb"]
 """Those of tiny_data."""
@@ -114,7 +114,7 @@ def test_a_run_with_an_empty_bank_fills_it_and_starts_as_one_without(
 def test_a_full_bank_stands_in_for_the_data(tiny, tiny_data, tmp_path, bank, monkeypatch, init):
     """No other task's data needs to be here, and nobody looks at features again."""
     expected = begin(config_of(tiny, tiny_data, tmp_path / "whole", init=init))
-    monkeypatch.setattr("osrm.features.collect", no_pass)
+    monkeypatch.setattr("osrm.bank.collect", no_pass)
     shutil.copytree(tiny_data / "rte", tmp_path / "data/rte")
     before = {path: path.read_bytes() for path in bank.iterdir()}
     options = {"init": init, "feature_bank": str(bank)}
@@ -153,10 +153,9 @@ def test_a_foreign_file_can_be_named(tiny, tiny_data, tmp_path, bank, ninth):
     options = {"feature_bank": str(bank), "other_tasks": ["ninth"]}
     config = config_of(tiny, tiny_data, tmp_path / "out", **options)
     A, files = begin(config), read_bank(bank)
-    expected = starts(
-        *("analytical", ["rte"], dict.fromkeys(A, 32), config.rank, config.seed),
-        *(files, files["rte"].leaders, ["ninth"]),
-    )
+    start, layers = StartConfig("analytical", seed=config.seed), dict.fromkeys(A, (config.rank, 32))
+    others = {"features": files, "leaders": files["rte"].leaders, "others": ["ninth"]}
+    expected = starts(start, layers, ["rte"], **others)
     assert same(A, expected["rte"])
     assert args_of(config)["other_tasks"] == ["ninth"]
     with pytest.raises(UserError, match="--other-tasks: unknown task tenth"):
@@ -215,7 +214,7 @@ def test_statistics_that_cannot_be_added_are_refused(
     tiny, tiny_data, tmp_path, bank, monkeypatch, case, only_features
 ):
     more, words = MISFITS[case]
-    monkeypatch.setattr("osrm.features.collect", no_pass)
+    monkeypatch.setattr("osrm.bank.collect", no_pass)
     (bank / "sst2.safetensors").unlink()  # it must not be computed before the others are looked at
     options = {"feature_bank": str(bank), "only_features": only_features, **more}
     with pytest.raises(UserError) as caught:

@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from osrm.config import MergeConfig, TrainConfig, derive_seed, parse, per_task, read_json
+from osrm import checks
+from osrm.checks import per_task, read_json
+from osrm.config import MergeConfig, TrainConfig
 from osrm.errors import UserError
+from osrm.flags import parse
 from osrm.glue import TASKS
 from osrm.runs import run_dir, run_name
+from osrm.seeds import derive_seed
 
 ROOT = Path(__file__).parent.parent
 
@@ -137,16 +141,16 @@ def test_both_spellings_of_accumulate(spelling):
     "command", [each for line in COMMANDS for each in expand_braces(line)], ids=str.strip
 )
 def test_commands_of_the_release(command, monkeypatch):
-    """They parse, and the tables that they name are there, whole, and of the right type."""
+    """They parse, and the tables that they name are there, checks.whole, and of the right type."""
     monkeypatch.chdir(ROOT)
     config = parse_train(command)
     assert (config.freeze, config.block, config.rank) == ("N", "qv", 8)
-    for path, flag, kind in [
-        (config.load_epochs, "--load-epochs", int),
-        (config.load_lrs, "--load-lrs", float),
-        (config.load_model_path, "--load-model-path", str),
+    for path, field, check in [
+        (config.load_epochs, "--load-epochs", checks.whole(1)),
+        (config.load_lrs, "--load-lrs", checks.number(0, low_open=True)),
+        (config.load_model_path, "--load-model-path", checks.nonempty),
     ]:
-        assert path is None or len(per_task(path, flag, TASKS, kind)) == 8
+        assert path is None or len(per_task(path, field, TASKS, check)) == 8
 
 
 def test_commands_are_as_many_as_the_release_has():
@@ -276,15 +280,16 @@ def test_every_task_and_purpose_has_its_own_seed():
 def test_table_may_hold_more_tasks_and_whole_rates(tmp_path):
     path = tmp_path / "lrs.json"
     path.write_text('{"rte": 1, "cola": 2e-4, "else": "never looked at"}')
-    assert per_task(path, "--load-lrs", ["cola", "rte"], float) == {"cola": 2e-4, "rte": 1}
+    found = per_task(path, "--load-lrs", ["cola", "rte"], checks.number())
+    assert found == {"cola": 2e-4, "rte": 1}
 
 
 def test_table_names_every_problem_at_once(tmp_path):
     path = tmp_path / "epochs.json"
     path.write_text('{"rte": "3", "cola": 0}')
     with pytest.raises(UserError) as caught:
-        per_task(path, "--load-epochs", ["rte", "cola", "mrpc"], int)
-    for words in ("--load-epochs", str(path), "'rte'", "'cola'", "'mrpc'"):
+        per_task(path, "--load-epochs", ["rte", "cola", "mrpc"], checks.whole(1))
+    for words in ("--load-epochs", str(path), "rte: expected", "cola: expected", "'mrpc'"):
         assert words in str(caught.value)
 
 
@@ -294,3 +299,29 @@ def test_a_key_that_occurs_twice_is_found_among_many(tmp_path):
     (tmp_path / "many.json").write_text("{" + ", ".join(f'"{key}": 1' for key in keys) + "}")
     with pytest.raises(UserError, match="'7' occurs twice"):
         read_json(tmp_path / "many.json", "--load-epochs")
+
+
+VALUES = [0, 1, -1, 0.5, 1.0, 2**63, 10**400, float("nan"), float("inf"), -float("inf")]
+VALUES += [True, False, None, "", "1", [], [1], {}]
+CHECKS = {
+    "a finite number": (checks.number(), VALUES[:6]),
+    "a finite number above 0": (checks.number(0, low_open=True), [1, 0.5, 1.0, 2**63]),
+    "a number in (0, 1]": (checks.number(0, 1, low_open=True), [1, 0.5, 1.0]),
+    "a number in [0, 1)": (checks.number(0, 1, high_open=True), [0, 0.5]),
+    "a whole number of at least 0, below 2^63": (checks.whole(0), [0, 1]),
+    "text": (checks.text, ["", "1"]),
+    "text that is not empty": (checks.nonempty, ["1"]),
+    "true or false": (checks.flag, [True, False]),
+    "one of 1, None": (checks.one_of(1, None), [1, None]),
+    "a list, each a finite number": (checks.list_of(checks.number()), [[], [1]]),
+    "text or null": (checks.optional(checks.text), [None, "", "1"]),
+}
+
+
+@pytest.mark.parametrize("words", CHECKS)
+def test_a_check_lets_through_what_its_words_say(words):
+    check, good = CHECKS[words]
+    assert check.words == words
+    found = [value for value in VALUES if not checks.problems({"x": value}, {"x": check})]
+    assert repr(found) == repr(good)
+    assert checks.problems({}, {"x": check}) == []

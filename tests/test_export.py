@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -29,7 +29,9 @@ from osrm.merged import MergedUpdate, save_merged
 from osrm.merging import METHODS, Masked, Merged, row
 from osrm.merging._factors import product_svd
 from osrm.merging._updates import pack
+from osrm.records import Recipe, Source
 from osrm.task_vectors import LoraPair
+from tests.conftest import make_adapter, merge_them, written
 
 ATTENTION = "roberta.encoder.layer.{}.attention.self.{}"
 TASKS = {
@@ -47,28 +49,6 @@ LABELS = {"polite": 2, "brief": 3, "kind": 1}
 DENSE = ["ties", "dare_linear", "dare_ties", "emr"]
 BLIND = [name for name in METHODS if not METHODS[name].needs]
 LOW = [name for name in BLIND if name not in DENSE]
-
-
-def make_adapter(base: Path, folder: Path, labels: int, seed: int, **options) -> str:
-    """By PEFT alone: random factors and head; the second layer's query stays as it is."""
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
-    config = LoraConfig(task_type="SEQ_CLS", **{"modules_to_save": ["classifier"], **options})
-    model = get_peft_model(model, config)
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.3)
-        if "lora_B" in name and "layer.1.attention.self.query" in name:
-            parameter.data.zero_()
-    model.save_pretrained(folder)
-    return str(folder)
-
-
-def merge_them(paths, folder: Path, name="out", **options) -> Path:
-    file = folder / f"{name}.json"
-    file.write_text(json.dumps(paths))
-    run(MergeConfig(load_model_path=str(file), output_dir=str(folder / name), **options))
-    return folder / name
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +81,11 @@ def through_peft(tiny, adapter, labels):
 
 def save_parts(folder: Path, parts, tasks=("polite", "brief", "kind")) -> Path:
     """A merged model of these parts, without heads."""
-    recipe = {
-        "method": "handmade",
-        "paper": "nowhere",
-        "knobs": {},
-        "base": "tiny",
-        "backbone": "tiny",
-        "tasks": {task: {"path": "nowhere", "labels": []} for task in tasks},
-    }
+    recipe = Recipe(
+        **{"method": "average", "knobs": {}, "backbone": "tiny", "base": "tiny"},
+        **{"dtype": "float32", "max_num_samples": 1, "count_padding": False},
+        tasks=dict.fromkeys(tasks, Source("nowhere", "0")),
+    )
     save_merged(folder, Merged(parts, tasks), {task: {} for task in tasks}, recipe)
     return folder
 
@@ -197,8 +174,9 @@ def test_biases_of_adapters_are_exported(tiny, tmp_path):
 @pytest.mark.parametrize("method", DENSE)
 def test_an_update_of_full_rank_is_no_adapter(method, out, tmp_path):
     with pytest.raises(UserError, match=f"{method} gives no update of low rank") as caught:
-        export_adapters([MergedUpdate(out / method, "kind")], tmp_path / "adapters")
-    assert "\n" not in str(caught.value)
+        merged = MergedUpdate(shutil.copytree(out / method, tmp_path / method), "kind")
+        export_adapters([merged], tmp_path / "adapters")
+    assert "\n" not in str(caught.value) and str(tmp_path) not in str(caught.value)
     assert not (tmp_path / "adapters").exists()
 
 
@@ -258,6 +236,7 @@ STORED = [
     *((f, "names of the body") for f in ("roberta", "bert", "t5", "llama")),
     *((f, "language model") for f in ("t5", "llama")),
     ("bert", "names of old"),
+    *((f, "another head") for f in ("roberta", "t5")),
 ]
 
 
@@ -265,7 +244,8 @@ def store_base(family: str, stored: str, dtype: torch.dtype, tiny, base: Path) -
     """A copy of the tiny base in one of the forms that bases come in."""
     chosen = CLASSES.get(stored, AutoModelForSequenceClassification)
     body = chosen[family] if isinstance(chosen, dict) else chosen
-    model = body.from_pretrained(tiny[family], dtype=dtype)
+    labels = {"num_labels": 5} if stored == "another head" else {}
+    model = body.from_pretrained(tiny[family], dtype=dtype, **labels)
     model.save_pretrained(base, max_shard_size="20KB" if stored == "shards" else "1GB")
     AutoTokenizer.from_pretrained(tiny[family]).save_pretrained(base)
     if stored == "names of old":
@@ -328,10 +308,11 @@ def test_a_base_without_safetensors_is_loaded_whole_and_that_is_said(tiny, tmp_p
     assert torch.equal(logits(found), logits(load_merged(out / "average", "polite")))
 
 
-def test_merge_py_exports_what_has_a_format(paths, tmp_path, caplog):
-    caplog.set_level(logging.WARNING)
+def test_merge_py_exports_what_has_a_format_and_says_what_has_none(paths, tmp_path):
     options = {"methods": ["ties", "average"], "export": ["adapter", "model"], "rank": 2}
-    out = merge_them(paths, tmp_path, no_eval=True, **options)
+    with pytest.raises(UserError, match="--export adapter: ties gave no update of low rank"):
+        merge_them(paths, tmp_path, no_eval=True, **options)
+    out = tmp_path / "out"
     for task in TASKS:
         assert (out / "ties" / "models" / task / "model.safetensors").exists()
         pairs = read_adapter(out / "average" / "adapters" / task)[0]
@@ -339,8 +320,6 @@ def test_merge_py_exports_what_has_a_format(paths, tmp_path, caplog):
     found = json.loads((out / "average" / "adapters" / "truncation.json").read_text())
     assert found["rank"] == 2 and 0 < found["error"] < 1
     assert not (out / "ties" / "adapters").exists()
-    (warning,) = [each.getMessage() for each in caplog.records if "low rank" in each.getMessage()]
-    assert "ties" in warning and "\n" not in warning
 
 
 PARTS = {
@@ -396,11 +375,6 @@ def test_emr_stores_a_float_and_a_bit_for_each_task_per_entry(out):
     assert stored < 0.6 * sum(4 * n * len(TASKS) for n in entries)
 
 
-def written(directory: Path) -> dict[str, bytes]:
-    files = [*(directory / "updates").iterdir(), *(directory / "heads").iterdir()]
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
-
-
 def repeat(recipe: Path, target: Path, **options) -> Path:
     run(MergeConfig(from_recipe=str(recipe), output_dir=str(target), **options))
     return target / recipe.parent.name
@@ -435,7 +409,7 @@ def test_a_recipe_of_methods_that_look_at_data_repeats_it(
 
     def forget():
         cache = tmp_path_factory.mktemp("cache")
-        monkeypatch.setattr("osrm.features.cache_dir", lambda: cache)
+        monkeypatch.setattr("osrm.bank.cache_dir", lambda: cache)
 
     forget()
     out = merge_them(paths, tmp_path, methods=methods, **few, **data)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,12 +14,12 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from osrm.commands.train import train
-from osrm.errors import Diverged, UserError, run_script
-from osrm.runs import locked, run_dir, staged, write_text
+from osrm.errors import Diverged, Interrupted, UserError, run_script
+from osrm.files import locked, staged, write_text
+from osrm.runs import run_dir
 from osrm.training import TaskTrainer
 from tests import kills
-from tests.conftest import ROOT
-from tests.test_training import small
+from tests.conftest import ROOT, small
 
 
 class SignalAt(TrainerCallback):
@@ -32,21 +33,37 @@ class SignalAt(TrainerCallback):
             signal.raise_signal(self.number)
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 11], ids=["first", "last of an epoch", "next", "last"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_a_checkpoint_and_the_run_ends_as_if_undisturbed(
-    tiny, tiny_data, tmp_path, monkeypatch, capfd, step, number
-):
-    """Four steps an epoch; dropout and the order of the examples go on where they were."""
-    settings = {"tasks": ["rte"], "epochs": 3, "init": "analytical", "per_device_train_bsz": 16}
-    undisturbed = small(tiny, tiny_data, tmp_path / "a", **settings)
-    train(undisturbed)
-
+def signal_at(monkeypatch, step: int, number: signal.Signals) -> None:
     def interrupted(signals, **options):
         return TaskTrainer(signals, **options, callbacks=[SignalAt(step, number)])
 
-    config = small(tiny, tiny_data, tmp_path / "b", **settings)
     monkeypatch.setattr("osrm.training.TaskTrainer", interrupted)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tiny_data, tmp_path_factory) -> Path:
+    """What THREE_EPOCHS write without a fault."""
+    folder, cache = (tmp_path_factory.mktemp(name) for name in ("undisturbed", "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("osrm.bank.cache_dir", lambda: cache)
+        train(small(tiny, tiny_data, folder, **THREE_EPOCHS))
+    return folder
+
+
+THREE_EPOCHS = {"tasks": ["rte"], "epochs": 3, "init": "analytical", "per_device_train_bsz": 16}
+
+
+@pytest.mark.parametrize(
+    "step, number",
+    [(1, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGTERM), (11, signal.SIGINT)],
+    ids=["first", "last of an epoch", "next", "last"],
+)
+def test_a_signal_leaves_a_checkpoint_and_the_run_ends_as_if_undisturbed(
+    tiny, tiny_data, tmp_path, undisturbed, monkeypatch, capfd, step, number
+):
+    """Four steps an epoch; dropout and the order of the examples go on where they were."""
+    config = small(tiny, tiny_data, tmp_path, **THREE_EPOCHS)
+    signal_at(monkeypatch, step, number)
     before = signal.getsignal(signal.SIGTERM)
     capfd.readouterr()
     assert run_script(partial(train, config)) == 128 + number
@@ -56,11 +73,28 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_ends_as_if_undisturbed(
     directory = run_dir(config, "rte")
     assert (directory / "args.json").exists() and not (directory / "metrics.json").exists()
     with pytest.raises(UserError, match=r"lr was 0.01, is 0.02"):
-        train(small(tiny, tiny_data, tmp_path / "b", **settings, lr=2e-2, resume=True))
-    train(small(tiny, tiny_data, tmp_path / "b", **settings, resume=True))
-    assert kills.content(tmp_path / "a") == kills.content(tmp_path / "b")
+        train(replace(config, lr=2e-2, resume=True))
+    train(replace(config, resume=True))
+    assert kills.content(tmp_path) == kills.content(undisturbed)
     log = json.loads((directory / "trainer_state.json").read_text())["log_history"]
     assert [each["epoch"] for each in log if "eval_loss" in each] == [1, 2, 3]
+
+
+def test_a_run_whose_last_step_is_done_resumes_without_a_step(
+    tiny, tiny_data, tmp_path, monkeypatch
+):
+    """The newest checkpoint is that of the end; with the best epoch it is that of the best."""
+    options = {"tasks": ["rte"], "epochs": 1, "not_load_best_model_at_end": True}
+    config = small(tiny, tiny_data, tmp_path / "a", **options)
+    signal_at(monkeypatch, 3, signal.SIGTERM)
+    with pytest.raises(Interrupted, match="goes on after the last step"):
+        train(config)
+    monkeypatch.undo()
+    monkeypatch.setattr(TaskTrainer, "training_step", lambda *_: pytest.fail("a step"))
+    train(replace(config, resume=True))
+    monkeypatch.undo()
+    train(replace(config, output_dir=str(tmp_path / "b")))
+    assert kills.content(tmp_path / "a") == kills.content(tmp_path / "b")
 
 
 def test_the_same_command_twice_gives_the_same_bytes(tiny, tiny_data, tmp_path):
@@ -69,12 +103,14 @@ def test_the_same_command_twice_gives_the_same_bytes(tiny, tiny_data, tmp_path):
     assert kills.content(tmp_path / "a") == kills.content(tmp_path / "b")
 
 
+@pytest.mark.sweep
 def test_a_run_killed_in_any_phase_ends_as_if_left_alone():
     """`tests.kills` says otherwise by its exit code; in a process whose forks find no threads."""
     command = [sys.executable, "-m", "tests.kills", "--count", "1"]
     subprocess.run(command, cwd=ROOT, check=True, timeout=600, capture_output=True)
 
 
+@pytest.mark.sweep
 def test_a_full_or_read_only_disk_is_one_line_and_nothing_is_lost():
     """On real file systems: `tests.full_disk`."""
     own = ["unshare", "--mount", "--map-root-user"]
@@ -84,12 +120,11 @@ def test_a_full_or_read_only_disk_is_one_line_and_nothing_is_lost():
     subprocess.run(command, cwd=ROOT, check=True, timeout=600, capture_output=True)
 
 
-def test_a_killed_checkpoint_is_not_gone_on_from(tiny, tiny_data, tmp_path, monkeypatch):
+def test_a_killed_checkpoint_is_not_gone_on_from(
+    tiny, tiny_data, tmp_path, undisturbed, monkeypatch
+):
     """Of a run that was killed while it saved, the checkpoint before counts."""
-    settings = {"tasks": ["rte"], "epochs": 3}
-    undisturbed = small(tiny, tiny_data, tmp_path / "a", **settings)
-    train(undisturbed)
-    config = small(tiny, tiny_data, tmp_path / "b", **settings)
+    config = small(tiny, tiny_data, tmp_path, **THREE_EPOCHS)
     saved = []
 
     def killed(self, output_dir):
@@ -105,8 +140,8 @@ def test_a_killed_checkpoint_is_not_gone_on_from(tiny, tiny_data, tmp_path, monk
         train(config)
     monkeypatch.undo()
     assert saved[1].exists()
-    train(small(tiny, tiny_data, tmp_path / "b", **settings, resume=True))
-    assert kills.content(tmp_path / "a") == kills.content(tmp_path / "b")
+    train(replace(config, resume=True))
+    assert kills.content(tmp_path) == kills.content(undisturbed)
 
 
 def test_a_loss_that_is_not_finite_stops_its_task_alone(tiny, tiny_data, tmp_path, monkeypatch):
@@ -133,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_its_task_alone(tiny, tiny_data, tmp_pat
 HOLD = """
 import sys, time
 from pathlib import Path
-from osrm.runs import locked
+from osrm.files import locked
 with locked(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(60)

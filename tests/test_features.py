@@ -11,21 +11,11 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from osrm.backbones import projections
+from osrm.bank import COMPARABLE, FeatureFile, check_comparable, read_bank, task_features
 from osrm.errors import UserError
-from osrm.features import (
-    COMPARABLE,
-    FeatureFile,
-    check_comparable,
-    collect,
-    pool,
-    read_bank,
-    recorded_inputs,
-    starts,
-    task_features,
-    token_mask,
-)
+from osrm.features import collect, pool, recorded_inputs, token_mask
 from osrm.moments import Moment
-from osrm.starts import STARTS
+from osrm.starts import STARTS, StartConfig, starts
 from tests.conftest import WORDS
 
 TEXTS = ["a good dog runs", "the cat", "no man is old", "a very bad film was not good"]
@@ -129,7 +119,7 @@ def test_padding_counts_only_when_asked(tiny, features):
     modules = projections(model, "q", 2)
 
     def moment(batch, count_padding):
-        totals, _ = collect(model, modules, [batch], features, count_padding)
+        totals, _ = collect(model, modules, [batch], features, count_padding=count_padding)
         return moment_of(totals[modules[0]])
 
     np.testing.assert_allclose(moment(short, False), moment(long, False), rtol=1e-5, atol=1e-7)
@@ -481,12 +471,12 @@ def test_a_file_of_a_given_name_is_written_anew_past_the_cache(tiny, tmp_path, o
     model, batch, _ = model_and_batch(tiny["roberta"])
     modules = projections(model, "qv", 2)
     path = tmp_path / "new" / "rte.safetensors"
-    file = task_features(settings(), model, modules, [batch], path)
+    file = task_features(settings(), model, modules, [batch], path=path)
     assert file.path == path and not (own_feature_cache / "features").exists()
     cached = task_features(settings(), model, modules, [batch])
     assert cached.path != path and cached.sha256 == file.sha256
     path.write_text("else")
-    assert task_features(settings(), model, modules, [batch], path).sha256 == file.sha256
+    assert task_features(settings(), model, modules, [batch], path=path).sha256 == file.sha256
 
 
 # -- the bank ----------------------------------------------------------------------------------
@@ -572,7 +562,10 @@ def write_features(path, moment):
 
 def start(files, task, rank, seed=0, init="analytical", others=None):
     d = len(next(iter(files.values()))["m"].gram)
-    found = starts(init, [task], {"m": d}, rank, seed, files, {"m": "m"}, others or [*files])
+    found = starts(
+        *(StartConfig(init, seed=seed), {"m": (rank, d)}, [task]),
+        **{"features": files, "leaders": {"m": "m"}, "others": others or files},
+    )
     return found[task]["m"]
 
 
@@ -619,7 +612,10 @@ def test_starts_in_one_null_space_differ_by_task_and_seed_only(tmp_path):
     assert not torch.equal(start(files, "rte", rank, seed=1), found["rte"])
     # Neither the other tasks of a run nor their order plays a part.
     turned = dict(reversed(files.items()))
-    both = starts("analytical", ["sst2", "rte"], {"m": d}, rank, 0, turned, {"m": "m"}, list(files))
+    both = starts(
+        *(StartConfig("analytical"), {"m": (rank, d)}, ["sst2", "rte"]),
+        **{"features": turned, "leaders": {"m": "m"}, "others": files},
+    )
     assert torch.equal(both["rte"]["m"], found["rte"])
 
 
@@ -635,7 +631,9 @@ def test_modules_of_one_input_share_a_start_only_if_it_looks_at_features(init):
     }
     looks = STARTS[init].needs_features
     both, features = [*features], features if looks else {}
-    found = starts(init, both, widths, 3, 0, features, leaders, both)
+    layers = {name: (3, d) for name, d in widths.items()}
+    others = {"features": features, "leaders": leaders, "others": both}
+    found = starts(StartConfig(init), layers, both, **others)
     A = found["rte"]
     assert {name: A[name].shape for name in A} == {name: (3, d) for name, d in widths.items()}
     assert torch.equal(A["q"], A["k"]) == looks
@@ -655,7 +653,8 @@ def test_files_may_hold_more_layers_than_are_adapted(tmp_path):
             files[task] = FeatureFile(path)
         leaders = files["rte"].leaders
         for init in ("analytical", "contrastive"):
-            A = starts(init, ["rte"], {"v": 4}, 2, 0, files, leaders, [*files])
+            others = {"features": files, "leaders": leaders, "others": files}
+            A = starts(StartConfig(init), {"v": (2, 4)}, ["rte"], **others)
             found.append((init, A["rte"]["v"]))
     for init, A in found:
         assert all(torch.equal(A, other) for name, other in found if name == init)
@@ -669,7 +668,8 @@ def test_files_may_group_the_same_layers_in_ways_of_their_own(tmp_path):
         FeatureFile.save(tmp_path / task, settings(), total, dict.fromkeys(modules, modules[0]))
         files[task] = FeatureFile(tmp_path / task)
     leaders = files["rte"].leaders
-    assert starts("analytical", ["rte"], {"v": 4}, 2, 0, files, leaders, [*files])["rte"]
+    others = {"features": files, "leaders": leaders, "others": files}
+    assert starts(StartConfig("analytical"), {"v": (2, 4)}, ["rte"], **others)["rte"]
 
 
 def test_the_release_collapsed_here():

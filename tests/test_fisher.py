@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 from osrm.fisher import fisher_information
-from tests.test_export import make_adapter, merge_them, written
+from osrm.tensor_file import TensorFile, cached
+from tests.conftest import make_adapter, merge_them, written
 
 CONFIG = {
     "vocab_size": 20,
@@ -97,24 +98,37 @@ DAMAGES = {
 }
 
 
-@pytest.fixture
-def merge_fisher(tiny, tiny_data, tmp_path):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_computed_again(damage, tmp_path, caplog):
+    path = tmp_path / "rte.safetensors"
+    information = {name: torch.rand(4, 3) for name in MODULES}
+
+    def write(path):
+        TensorFile.save(path, information, {"settings": {"task": "rte"}})
+
+    cached(path, TensorFile, write)
+    whole = path.read_bytes()
+    DAMAGES[damage](path)
+    again = cached(path, TensorFile, write)
+    assert path.read_bytes() == whole and "is damaged" in caplog.text
+    assert all(torch.equal(again[name], information[name]) for name in MODULES)
+
+
+def test_a_merge_computes_a_damaged_cache_again(
+    tiny, tiny_data, tmp_path, own_feature_cache, caplog
+):
     paths = {
         task: make_adapter(tiny["roberta"], tmp_path / task, 2, seed, target_modules=["query"])
         for seed, task in enumerate(("rte", "sst2"))
     }
     options = {"data_dir": str(tiny_data), "max_test_samples": 4, "max_num_samples": 3}
-    return lambda name: merge_them(paths, tmp_path, name, methods=["fisher"], **options)
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_cache_is_computed_again(merge_fisher, damage, own_feature_cache, caplog):
-    before = written(merge_fisher("before") / "fisher")
+    options["methods"] = ["fisher"]
+    before = written(merge_them(paths, tmp_path, "before", **options) / "fisher")
     file, other = sorted((own_feature_cache / "features").iterdir())
     whole, untouched = file.read_bytes(), other.stat().st_mtime_ns
-    DAMAGES[damage](file)
+    DAMAGES["another number"](file)
     caplog.set_level(logging.WARNING)
-    assert written(merge_fisher("after") / "fisher") == before
+    assert written(merge_them(paths, tmp_path, "after", **options) / "fisher") == before
     (line,) = [each.getMessage() for each in caplog.records if "is damaged" in each.getMessage()]
     assert str(file) in line and "computing it again" in line and "\n" not in line
     assert file.read_bytes() == whole and other.stat().st_mtime_ns == untouched

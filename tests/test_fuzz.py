@@ -1,7 +1,8 @@
 """Whatever a user hands over is read, or refused in one line: files and flags by hypothesis.
 
-Every run draws the same cases. `FUZZ=20 python -m pytest tests/test_fuzz.py` draws 20 times as
-many, at random; what fails is printed, as small as hypothesis can make it.
+Every run draws the same cases. `FUZZ=20 python -m pytest -m "" tests/test_fuzz.py` draws 20 times
+as many, at random; what fails is printed, as small as hypothesis can make it. One case of each
+class of damage is also in test_malformed.py and test_bad_input.py.
 """
 
 from __future__ import annotations
@@ -33,24 +34,31 @@ from datasets import DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from osrm import session
 from osrm.adapters import CONFIG, WEIGHTS, add_lora, save_adapter
 from osrm.backbones import body_fingerprint, find_backbone, load_model, load_tokenizer, projections
+from osrm.bank import FeatureFile, check_comparable, read_bank
 from osrm.checkpoints import DENSE, INDEX, check_fits, read_checkpoint
+from osrm.commands import inputs as reading
 from osrm.commands import merge as merging
-from osrm.commands import scoring, setting
+from osrm.commands import plan as planning
+from osrm.commands import scoring
 from osrm.commands import train as training
-from osrm.config import MergeConfig, TrainConfig, parse
+from osrm.config import MergeConfig, TrainConfig
+from osrm.data import fingerprint, load_task, split_task, tokenize
 from osrm.errors import explained, run_script
-from osrm.features import FeatureFile, check_comparable, read_bank
-from osrm.glue import TASKS, fingerprint, load_task, split_task, tokenize
-from osrm.merged import RECIPE, MergedUpdate
+from osrm.flags import parse
+from osrm.glue import TASKS
+from osrm.merged import MergedUpdate
 from osrm.merging import METHODS, merge
 from osrm.moments import Moment
+from osrm.records import RECIPE
 from osrm.runs import args_record, write_args
 from osrm.task_vectors import TaskVectors
 from osrm.tensor_file import TensorFile, cached
 from tests.conftest import ROOT, no_forward
 
+pytestmark = pytest.mark.sweep
 FUZZ = int(os.environ.get("FUZZ", "0"))
 CASES: list[int] = []
 settings.register_profile(
@@ -339,43 +347,43 @@ def outcome(act: Callable[[], object], root: Path, *named: str, written: str = "
 # -- JSON --------------------------------------------------------------------------------------
 
 
-def plan(**more: Any) -> setting.Plan:
-    return setting.make_plan(dataclasses.replace(TRAIN, **more))
+def plan(**more: Any) -> planning.Plan:
+    return planning.make_plan(dataclasses.replace(TRAIN, **more))
 
 
 def read_epochs() -> None:
-    for epochs in plan(load_epochs="epochs.json").epochs.values():
-        assert type(epochs) is int and epochs > 0
+    for config in plan(load_epochs="epochs.json").configs.values():
+        assert type(config.epochs) is int and config.epochs > 0
 
 
 def read_rates() -> None:
-    for lr in plan(load_lrs="lrs.json").lrs.values():
-        assert 0 < float(lr) < float("inf")
+    for config in plan(load_lrs="lrs.json").configs.values():
+        assert 0 < config.lr < float("inf")
 
 
 def read_hparams() -> None:
     """What is let through works."""
-    methods = merging.choose_methods(dataclasses.replace(MERGE, no_eval=True))
+    methods = reading.choose_methods(dataclasses.replace(MERGE, no_eval=True))
     updates = {"layer": torch.randn(2, 4, 3)}
     for name, knobs in methods.items():
         merge(name, updates, **knobs)["layer"]
 
 
 def read_models(**more: Any) -> Any:
-    return merging.read_inputs(dataclasses.replace(MERGE, no_eval=True, **more))
+    return reading.read_inputs(dataclasses.replace(MERGE, no_eval=True, **more))
 
 
 def read_recipe() -> None:
     config = dataclasses.replace(MERGE, from_recipe="recipe.json", no_eval=True)
-    recipe = merging.read_recipe(config)
-    inputs = merging.read_inputs(config, recipe)
-    merge(recipe["method"], inputs.vectors, **recipe["knobs"])
+    recipe = merging.read_source(config)
+    inputs = reading.read_inputs(config, recipe)
+    merge(recipe.method, inputs.vectors, **recipe.knobs)
 
 
 def read_args() -> None:
     """All that a merge with scores takes of them."""
     config = dataclasses.replace(MERGE, search=[1.0])
-    scoring.prepare(config, merging.read_inputs(config), ["average"])
+    scoring.open_session(config, reading.read_inputs(config), ["average"])
 
 
 def go_on() -> None:
@@ -513,7 +521,7 @@ def read_adapters() -> None:
     inputs = read_models()
     merged = merge("ties", inputs.vectors)
     assert all(merged[name].isfinite().all() for name in merged)
-    merging.check_exportable(inputs)
+    reading.check_base(inputs)
 
 
 @cases(150)
@@ -657,8 +665,9 @@ def test_flags_of_train(root, argv):
     fresh(root)
     given = ["--backbone", "backbone", "--data-dir", "data", "--tasks", "rte"]
     with (
-        mock.patch.multiple(setting, starts=stop, task_features=stop),
-        mock.patch.object(training, "transform", stop),
+        mock.patch.object(planning, "starts", stop),
+        mock.patch.object(session, "task_features", stop),
+        mock.patch("osrm.commands.transform.move", stop),
     ):
         outcome(
             lambda: checked(TrainConfig, [*given, *argv], training.train),
@@ -673,7 +682,7 @@ def test_flags_of_train(root, argv):
 def test_flags_of_merge(root, argv):
     fresh(root)
     given = ["--load-model-path", "models.json", "--hparams", "hparams.json"]
-    with mock.patch.object(merging, "base_recipe", stop):
+    with mock.patch.object(merging, "describe", stop):
         outcome(lambda: checked(MergeConfig, [*given, *argv], merging.run), root, "--")
 
 
@@ -708,7 +717,7 @@ def test_names_stay_names(root, data):
         ("models.json", json.dumps(dict.fromkeys(tasks, "run")).encode()),
     )
     Path("run/args.json").unlink()
-    methods = ["task_arithmetic", "emr"]
+    methods = ["task_arithmetic"]
     config = dataclasses.replace(MERGE, no_eval=True, methods=methods, export=["adapter"])
     config = dataclasses.replace(config, output_dir="out")
     if outcome(lambda: merging.run(config), root, "models.json", "run/", written="out"):

@@ -14,19 +14,10 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from osrm.backbones import find_backbone, load_tokenizer
+from osrm.data import available_tasks, collator, fingerprint, load_task, split_task, tokenize
 from osrm.errors import UserError
-from osrm.glue import (
-    TASKS,
-    GlueMetric,
-    available_tasks,
-    collator,
-    find_tasks,
-    fingerprint,
-    load_task,
-    split_task,
-    task_metrics,
-    tokenize,
-)
+from osrm.glue import TASKS, find_tasks, task_metrics, task_scores
+from osrm.metrics import METRICS
 
 # -- scores ------------------------------------------------------------------------------------
 
@@ -81,8 +72,7 @@ def assert_scores(scores: dict[str, float], task: str, predicted, true) -> None:
 def test_scores_against_sklearn_and_scipy(task, seed, n):
     logits, labels = random_outputs(task, n, seed)
     predicted = logits[:, 0] if task == "stsb" else logits.argmax(-1)
-    metric = GlueMetric(task)
-    assert_scores(metric.compute(predictions=predicted, references=labels), task, predicted, labels)
+    assert_scores(task_scores(TASKS[task], predicted, labels), task, predicted, labels)
     assert_scores(task_metrics(TASKS[task], logits, labels), task, predicted, labels)
 
 
@@ -90,8 +80,8 @@ def test_scores_against_sklearn_and_scipy(task, seed, n):
 @pytest.mark.parametrize("task", TASKS)
 def test_constant_predictions(task, value):
     """An untrained head answers one label: no correlation, F1 of none, but never NaN."""
-    true = [0, 1, 1, 0, 1] if task != "stsb" else [0.0, 1.2, 3.4, 5.0, 1.2]
-    scores = GlueMetric(task).compute(predictions=[value] * 5, references=true)
+    true = np.array([0, 1, 1, 0, 1] if task != "stsb" else [0.0, 1.2, 3.4, 5.0, 1.2])
+    scores = task_scores(TASKS[task], np.array([value] * 5), true)
     if task in ("cola", "stsb"):
         assert set(scores.values()) == {0.0}
     else:
@@ -99,25 +89,32 @@ def test_constant_predictions(task, value):
 
 
 def test_constant_truth():
+    def scores(task: str, predicted: list[int], true: list[int]) -> dict[str, float]:
+        return task_scores(TASKS[task], np.array(predicted), np.array(true))
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert GlueMetric("cola").compute(predictions=[0, 1], references=[1, 1]) == {
-            "matthews_correlation": 0.0
-        }
-        scores = GlueMetric("stsb").compute(predictions=[0, 1], references=[1, 1])
-        assert set(scores.values()) == {0.0}
-        scores = GlueMetric("mrpc").compute(predictions=[0, 0], references=[0, 0])
-        assert scores == {"accuracy": 1.0, "f1": 0.0, "combined_score": 0.5}
+        assert scores("cola", [0, 1], [1, 1]) == {"matthews_correlation": 0.0}
+        assert set(scores("stsb", [0, 1], [1, 1]).values()) == {0.0}
+        assert scores("mrpc", [0, 0], [0, 0]) == {"accuracy": 1.0, "f1": 0.0, "combined_score": 0.5}
+        assert set(scores("stsb", [1], [2]).values()) == {0.0}, "one example"
 
 
-def test_interface_of_evaluate():
-    """Batches are collected, and what is no label is refused."""
-    metric = GlueMetric("rte")
-    metric.add_batch(predictions=[0, 1], references=[0, 0])
-    metric.add(prediction=1, reference=1)
-    assert metric.compute() == {"accuracy": pytest.approx(2 / 3)}
-    with pytest.raises(ValueError):
-        metric.compute(predictions=["x"], references=[0])
+@pytest.mark.parametrize("name", METRICS)
+def test_many_scores_at_once_are_those_of_one_at_a_time(name):
+    rng = np.random.default_rng(0)
+    true = rng.integers(0, 26 if name in ("pearson", "spearmanr") else 2, (3, 4, 50))
+    predicted = np.where(rng.random(true.shape) < 0.7, true, true.max() - true)
+    predicted[0, 0] = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = METRICS[name](predicted, true)
+    assert scores.shape == (3, 4) and scores[1, 1] > 0
+    for index in np.ndindex(3, 4):
+        one = METRICS[name](predicted[index], true[index])
+        assert scores[index] == pytest.approx(float(one), rel=1e-12)
+        if index != (0, 0):
+            assert one == pytest.approx(ORACLES[name](predicted[index], true[index]), rel=1e-12)
 
 
 def test_rows_of_the_table():

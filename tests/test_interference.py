@@ -10,13 +10,10 @@ import pytest
 import scipy.linalg
 import torch
 
-from osrm.diagnosis import heat_map, layer_plot, tables
 from osrm.errors import UserError
 from osrm.interference import (
-    Layered,
     diagnose,
     drift,
-    output_shift,
     overlap,
     relative_energy,
     row_space,
@@ -24,6 +21,7 @@ from osrm.interference import (
     squared_shift,
 )
 from osrm.moments import Moment
+from osrm.report import diagnosis_tables, heat_map, layer_plot
 from osrm.task_vectors import LoraPair, TaskVectors
 
 TASKS = ("rte", "cola", "sst2")
@@ -121,20 +119,18 @@ def test_shifts(case):
             )
         )
 
-    shifts = found.shifts
-    assert shifts.tasks == TASKS and shifts.modules == MODULES
-    check(Layered(shifts.relative, shifts.overall), relative)
+    assert found.tasks == TASKS and found.modules == MODULES
+    check(found.shift, relative)
     overall = relative(MODULES)
     ratios = [np.delete(overall[i], i).mean() / overall[i, i] for i in range(3)]
-    assert shifts.cross_over_own == pytest.approx(np.mean(ratios), rel=1e-6)
+    assert found.cross_over_own == pytest.approx(np.mean(ratios), rel=1e-6)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_output_shift_is_a_mean_over_vectors(task):
-    X, weight, lora = inputs(task, MODULES[0]), gaussian(OUT, D, seed=1), pair(2)
-    shift, output = output_shift(lora, weight, Moment.of(X))
-    assert shift == pytest.approx(((f64(lora.delta) @ f64(X).T) ** 2).sum() / len(X), rel=1e-6)
-    assert output == pytest.approx(((f64(weight) @ f64(X).T) ** 2).sum() / len(X), rel=1e-12)
+def test_the_shift_is_a_mean_over_vectors(task):
+    X, lora = inputs(task, MODULES[0]), pair(2)
+    expected = ((f64(lora.delta) @ f64(X).T) ** 2).sum() / len(X)
+    assert squared_shift(lora, Moment.of(X)) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("scaling", [2.0, 0.5, -1.0])
@@ -162,10 +158,10 @@ def test_dense_updates_give_the_same_diagnosis_but_for_A(case):
         "sst2": given["updates"]["sst2"],
     }
     found = diagnose(**given | {"updates": updates})
-    close(found.shifts.relative, factors.shifts.relative)
+    close(found.shift.modules, factors.shift.modules)
     close(found.norm.modules, factors.norm.modules)
-    close(found.conflict.overall, factors.conflict.overall)
-    close(found.errors["ties"].overall, factors.errors["ties"].overall)
+    close(found.sign_conflict.overall, factors.sign_conflict.overall)
+    close(found.merge_error["ties"].overall, factors.merge_error["ties"].overall)
     assert found.drift.overall.isnan().tolist() == [True, True, False]
     assert found.overlap.overall.isfinite().sum() == 1
 
@@ -178,8 +174,8 @@ def test_energy_before_training(case):
         return ((A @ X.T) ** 2).sum() / ((A**2).sum() * (X**2).sum() / D)
 
     tables = [table(lambda i, j, m=m: entry(i, j, m)) for m in MODULES]
-    close(found.energy.modules, tables)
-    close(found.energy.overall, np.mean(tables, 0))
+    close(found.energy_before.modules, tables)
+    close(found.energy_before.overall, np.mean(tables, 0))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -211,8 +207,8 @@ def test_merge_errors(case, method):
         }
         return [output_norm(wrong[t], t, modules) / output_norm(frozen, t, modules) for t in TASKS]
 
-    assert tuple(found.errors) == METHODS
-    check(found.errors[method], relative)
+    assert tuple(found.merge_error) == METHODS
+    check(found.merge_error[method], relative)
 
 
 def test_a_merge_that_is_the_own_update_has_no_error(case):
@@ -220,7 +216,7 @@ def test_a_merge_that_is_the_own_update_has_no_error(case):
     stack = TaskVectors.stack(given["updates"])
     merged = {t: {m: stack[m][i] for m in MODULES} for i, t in enumerate(TASKS)}
     found = diagnose(**given | {"merged": {"itself": merged}})
-    assert found.errors["itself"].overall.eq(0).all()
+    assert found.merge_error["itself"].overall.eq(0).all()
 
 
 def test_overlap(case):
@@ -267,8 +263,8 @@ def test_sign_conflict(case):
         }
         return table(lambda i, j: np.mean(flat[i] * flat[j] < 0))
 
-    check(found.conflict, share)
-    assert found.conflict.overall.diagonal().eq(0).all()
+    check(found.sign_conflict, share)
+    assert found.sign_conflict.overall.diagonal().eq(0).all()
 
 
 def test_entries_at_zero_do_not_conflict():
@@ -276,7 +272,7 @@ def test_entries_at_zero_do_not_conflict():
     updates = {t: {"w": torch.tensor([row])} for t, row in rows.items()}
     moments = {t: {"w": Moment.of(torch.ones(2, 5))} for t in rows}
     found = diagnose(updates, moments, lambda _: torch.ones(1, 5))
-    close(found.conflict.overall, [[0, 1 / 3], [1 / 3, 0]])
+    close(found.sign_conflict.overall, [[0, 1 / 3], [1 / 3, 0]])
 
 
 def test_drift(case):
@@ -305,7 +301,7 @@ def test_drift(case):
         ]
 
     check(found.drift, relative)
-    check(found.kept, inside)
+    check(found.kept_in_start, inside)
 
 
 def test_drift_of_special_matrices():
@@ -335,14 +331,14 @@ def test_a_module_that_a_task_lacks_is_a_zero_update():
     zero["cola"]["layer.0.query"] = LoraPair(lora.A, lora.B * 0, lora.scaling)
     del given["starts"]["cola"]["layer.0.query"]
     left_out, zeroed = (diagnose(**given | {"updates": each}) for each in (lacking, zero))
-    close(left_out.shifts.overall, zeroed.shifts.overall)
+    close(left_out.shift.overall, zeroed.shift.overall)
     close(left_out.norm.overall, zeroed.norm.overall)
-    close(left_out.errors["average"].overall, zeroed.errors["average"].overall)
-    close(left_out.conflict.overall, zeroed.conflict.overall)
-    assert left_out.shifts.squared[1, 1].eq(0).all()
+    close(left_out.merge_error["average"].overall, zeroed.merge_error["average"].overall)
+    close(left_out.sign_conflict.overall, zeroed.sign_conflict.overall)
+    assert left_out.shift.modules[1, 1].eq(0).all()
     # It has no A either: the other modules speak for the task.
     present = [0, 2, 3]
-    close(left_out.energy.overall[1], left_out.energy.modules[present, 1].mean(0))
+    close(left_out.energy_before.overall[1], left_out.energy_before.modules[present, 1].mean(0))
     assert left_out.drift.modules[1, 1].isnan() and left_out.drift.overall.isfinite().all()
     assert left_out.overlap.overall.isfinite().all()
 
@@ -350,7 +346,7 @@ def test_a_module_that_a_task_lacks_is_a_zero_update():
 def test_modules_are_in_the_order_of_the_updates():
     given = arguments()
     del given["updates"]["rte"]["layer.0.value"]
-    assert diagnose(**given).shifts.modules == (*MODULES[1:], MODULES[0])
+    assert diagnose(**given).modules == (*MODULES[1:], MODULES[0])
 
 
 def test_zero_updates_have_no_nan():
@@ -358,15 +354,21 @@ def test_zero_updates_have_no_nan():
     for module, lora in given["updates"]["rte"].items():
         given["updates"]["rte"][module] = LoraPair(lora.A, lora.B * 0, lora.scaling)
     found = diagnose(**given)
-    assert found.shifts.relative[:, 0].eq(0).all() and found.norm.overall[0] == 0
-    for each in (found.energy, found.drift, found.kept, found.overlap, *found.errors.values()):
+    assert found.shift.modules[:, 0].eq(0).all() and found.norm.overall[0] == 0
+    for each in (
+        found.energy_before,
+        found.drift,
+        found.kept_in_start,
+        found.overlap,
+        *found.merge_error.values(),
+    ):
         assert each.overall.isfinite().all()
-    overall = found.shifts.overall
+    overall = found.shift.overall
     ratios = [
         (overall[1, 0] + overall[1, 2]) / 2 / overall[1, 1],
         (overall[2, 0] + overall[2, 1]) / 2 / overall[2, 2],
     ]
-    assert found.shifts.cross_over_own == pytest.approx(np.mean(ratios))
+    assert found.cross_over_own == pytest.approx(np.mean(ratios))
 
 
 def test_directions_without_energy():
@@ -375,11 +377,12 @@ def test_directions_without_energy():
     energies = {"rte": [1.0] * (D - 1) + [-1e-18], "cola": [1.0] * D, "sst2": [2.0] * D}
     moments = {t: {"w": Moment(D, torch.diag(torch.tensor(each)))} for t, each in energies.items()}
     updates = {t: {"w": LoraPair(axes[-1:], gaussian(OUT, 1, seed=1), 2.0)} for t in energies}
-    shifts = diagnose(updates, moments, lambda _: gaussian(OUT, D, seed=0)).shifts
-    assert shifts.squared[0, 0, 0] < 0 and shifts.overall[:, 0].eq(0).all()
+    found = diagnose(updates, moments, lambda _: gaussian(OUT, D, seed=0))
+    assert squared_shift(updates["rte"]["w"], moments["rte"]["w"]) < 0
+    assert found.shift.overall[:, 0].eq(0).all()
     # rte's leaves its own task alone: no ratio. The others shift each other as themselves, and rte
     # not at all.
-    assert shifts.cross_over_own == pytest.approx(0.5)
+    assert found.cross_over_own == pytest.approx(0.5)
 
 
 def test_nothing_to_diagnose_is_refused():
@@ -424,11 +427,11 @@ def test_the_record_is_json_of_all_numbers(case):
     _, found = case
     record = strict(found.record())
     assert record["tasks"] == list(TASKS) and record["modules"] == list(MODULES)
-    close(record["shift"]["overall"], found.shifts.overall)
-    close(record["shift"]["modules"]["layer.1.value"], found.shifts.relative[2])
-    assert record["cross_over_own"] == found.shifts.cross_over_own
-    close(record["energy_before"]["overall"], found.energy.overall)
-    close(record["merge_error"]["ties"]["overall"], found.errors["ties"].overall)
+    close(record["shift"]["overall"], found.shift.overall)
+    close(record["shift"]["modules"]["layer.1.value"], found.shift.modules[2])
+    assert record["cross_over_own"] == found.cross_over_own
+    close(record["energy_before"]["overall"], found.energy_before.overall)
+    close(record["merge_error"]["ties"]["overall"], found.merge_error["ties"].overall)
     assert len(record) == 11
 
 
@@ -443,8 +446,8 @@ def test_records_tables_and_plots_of_little(tasks, without, tmp_path):
         assert record["cross_over_own"] is None
     if "starts" in without:
         assert record["drift"]["overall"] == [None] * len(tasks)
-    text = tables(found)
-    assert "nan" not in text and text.count("| --- ") == (2 if "merged" in without else 3)
+    text = diagnosis_tables(found)
+    assert "nan" not in text and text.count("|:--") == (2 if "merged" in without else 3)
     for number, draw in enumerate((heat_map, layer_plot)):
         path = tmp_path / f"{number}.png"
         draw(found, path)
@@ -461,16 +464,16 @@ def cells(text, number):
 
 def test_tables(case):
     _, found = case
-    text = tables(found)
+    text = diagnosis_tables(found)
     for number in range(3):
         widths = {len(line) for line in text.split("\n\n")[2 * number].splitlines()}
         assert len(widths) == 1  # aligned
     shift = cells(text, 0)
     assert shift[0][1:] == list(TASKS) and [row[0] for row in shift[1:]] == list(TASKS)
-    assert shift[2][3] == f"{100 * found.shifts.overall[1, 2]:.3g}"
+    assert shift[2][3] == f"{100 * found.shift.overall[1, 2]:.3g}"
     head, *rows = cells(text, 1)
     row = dict(zip(head, rows[1]))
-    overall = found.energy.overall[1]
+    overall = found.energy_before.overall[1]
     assert row["adapter"] == "cola"
     assert row["energy, own"] == f"{overall[1]:.3g}"
     assert row["energy, others"] == f"{(overall[0] + overall[2]) / 2:.3g}"
@@ -478,7 +481,7 @@ def test_tables(case):
     assert row["norm"] == f"{found.norm.overall[1]:.3g}"
     overlaps = found.overlap.overall[1]
     assert row["A overlap"] == f"{(overlaps[0] + overlaps[2]) / 2:.3g}"
-    error = found.errors["ties"].overall
+    error = found.merge_error["ties"].overall
     assert cells(text, 2)[2] == ["ties", *(f"{100 * each:.3g}" for each in [*error, error.mean()])]
 
 
@@ -487,11 +490,11 @@ def test_the_layer_plot_has_a_line_for_own_and_others_of_each_projection(
 ):
     _, found = case
     figures = []
-    monkeypatch.setattr("osrm.diagnosis.save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr("osrm.report.save", lambda figure, path: figures.append(figure))
     layer_plot(found, tmp_path / "plot.png")
     lines = {line.get_label(): line.get_ydata() for line in figures[0].axes[0].lines}
     assert list(lines) == ["value, own", "value, others", "query, own", "query, others"]
-    relative = 100 * found.shifts.relative[[1, 3]]
+    relative = 100 * found.shift.modules[[1, 3]]
     own = relative.diagonal(dim1=1, dim2=2).sum(1)
     close(lines["query, own"], own / 3)
     close(lines["query, others"], (relative.sum((1, 2)) - own) / 6)

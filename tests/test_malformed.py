@@ -1,4 +1,4 @@
-"""Adapter directories of all kinds of damage: one line names the file, the field and the mend."""
+"""Adapter directories of all kinds of damage: one line names the file, the field and the fix."""
 
 import json
 import os
@@ -185,7 +185,7 @@ def file_in_place(folder: Path) -> None:
 
 UNREADABLE = [f"second/{WEIGHTS}", "not readable", "save it again"]
 NUMBERS = [f"second/{WEIGHTS}", "NaN or infinity", "train it again"]
-BROKEN = [f"second/{CONFIG}", "broken JSON", "mend the file"]
+BROKEN = [f"second/{CONFIG}", "broken JSON", "fix the file"]
 FOREIGN = [f"second/{WEIGHTS}", "neither", "LoRA", "['classifier'", "merge_and_unload"]
 ONLY_LORA = [f"second/{CONFIG}", "plain LoRA", "merge_and_unload"]
 NO_PRODUCT = [f"second/{WEIGHTS}", "layer.0", "query", "do not multiply", "save it again"]
@@ -232,9 +232,9 @@ CASES: dict[str, tuple[Damage, list[str]]] = {
     "configuration is a directory": (directory(CONFIG), [f"second/{CONFIG}", "Is a directory"]),
     "configuration links to itself": (link(CONFIG, CONFIG), ["models.json", "'sst2'", CONFIG]),
     # other kinds of adapters
-    "no peft_type": (without_option("peft_type"), [*ONLY_LORA, "peft_type None"]),
-    "peft_type unknown": (option(peft_type="MAGIC"), [*ONLY_LORA, "peft_type 'MAGIC'"]),
-    "peft_type is a list": (option(peft_type=["LORA"]), [*ONLY_LORA, "peft_type ['LORA']"]),
+    "no peft_type": (without_option("peft_type"), [*ONLY_LORA, "peft_type=None"]),
+    "peft_type unknown": (option(peft_type="MAGIC"), [*ONLY_LORA, "peft_type='MAGIC'"]),
+    "peft_type is a list": (option(peft_type=["LORA"]), [*ONLY_LORA, "peft_type=['LORA']"]),
     **{
         config.peft_type.value: (config.save_pretrained, [*ONLY_LORA, repr(config.peft_type.value)])
         for config in (
@@ -248,18 +248,30 @@ CASES: dict[str, tuple[Damage, list[str]]] = {
     "DoRA": (option(use_dora=True), [*ONLY_LORA, "use_dora"]),
     "QA-LoRA": (option(use_qalora=True), [*ONLY_LORA, "use_qalora"]),
     "LoftQ": (option(init_lora_weights="loftq"), [*ONLY_LORA, "loftq", "base weights"]),
-    "biases of layers without LoRA": (option(bias="all"), [*ONLY_LORA, "bias=all"]),
-    "biases outside of LoRA": (option(bias="lora_only"), [*ONLY_LORA, "bias=lora_only"]),
+    "biases of layers without LoRA": (option(bias="all"), [*ONLY_LORA, "bias='all'"]),
+    "biases outside of LoRA": (option(bias="lora_only"), [*ONLY_LORA, "bias='lora_only'"]),
+    "PiSSA": (option(init_lora_weights="pissa_niter_4"), [*ONLY_LORA, "pissa", "base weights"]),
+    "a variant of LoRA": (option(init_lora_weights="mica"), [*ONLY_LORA, "mica"]),
+    "option of a later PEFT": (option(shear=2), [*ONLY_LORA, "shear, which PEFT", "not know"]),
     # options
     "no r": (without_option("r"), [f"second/{CONFIG}", "r: expected a whole number", "None"]),
-    "r is 0": (option(r=0), [f"second/{CONFIG}", "r: expected a whole number above 0, found 0"]),
+    "r is 0": (
+        option(r=0),
+        [f"second/{CONFIG}", "r: expected a whole number of at least 1, below"],
+    ),
     "r is 0 with rsLoRA": (option(r=0, use_rslora=True), [f"second/{CONFIG}", "r: expected"]),
     "r is negative": (option(r=-2), [f"second/{CONFIG}", "r: expected", "found -2"]),
     "r is text": (option(r="2"), [f"second/{CONFIG}", "r: expected", "found '2'"]),
     "r is true": (option(r=True), [f"second/{CONFIG}", "r: expected", "found True"]),
     "r of another adapter": (option(r=8), [f"second/{WEIGHTS}", "query", "rank 2", "r,", "says 8"]),
-    "r is huge": (option(r=10**400), [f"second/{WEIGHTS}", "rank 2", "says 10000000"]),
-    "alpha is null": (option(lora_alpha=None), [f"second/{CONFIG}", "lora_alpha", "None", "mend"]),
+    "r is huge": (
+        option(r=10**400),
+        [f"second/{CONFIG}", "r: expected", "below 2^63", "found 100"],
+    ),
+    "alpha is null": (
+        option(lora_alpha=None),
+        [f"second/{CONFIG}", "lora_alpha", "None", "fix it"],
+    ),
     "alpha is NaN": (option(lora_alpha=float("nan")), [f"second/{CONFIG}", "lora_alpha", "nan"]),
     "alpha is infinite": (option(lora_alpha=float("inf")), [f"second/{CONFIG}", "lora_alpha"]),
     "alpha is huge": (option(lora_alpha=10**400), [f"second/{CONFIG}", "lora_alpha: expected"]),
@@ -281,7 +293,7 @@ CASES: dict[str, tuple[Damage, list[str]]] = {
     ),
     "modules_to_save is text": (
         option(modules_to_save="classifier"),
-        [f"second/{CONFIG}", "modules_to_save", "a list of names"],
+        [f"second/{CONFIG}", "modules_to_save", "a list, each text"],
     ),
     # tensors
     "no tensors": (
@@ -292,8 +304,14 @@ CASES: dict[str, tuple[Damage, list[str]]] = {
         without_tensors("lora"),
         [f"second/{WEIGHTS}", "found neither", "save it again"],
     ),
-    "A without B": (without_tensors(B), [f"second/{WEIGHTS}", "alone", "layer.0", "query"]),
-    "B without A": (without_tensors(A), [f"second/{WEIGHTS}", "alone", "layer.0", "query"]),
+    "A without B": (
+        without_tensors(B),
+        [f"second/{WEIGHTS}", "only one of them", "layer.0", "query"],
+    ),
+    "B without A": (
+        without_tensors(A),
+        [f"second/{WEIGHTS}", "only one of them", "layer.0", "query"],
+    ),
     "A is a vector": (tensor(A, torch.ones(32)), [*NO_PRODUCT, "(32,)"]),
     "A is a number": (tensor(A, torch.tensor(1.0)), [*NO_PRODUCT, "A ()"]),
     "A of a convolution": (tensor(A, torch.ones(2, 32, 1)), [*NO_PRODUCT, "(2, 32, 1)"]),
@@ -400,10 +418,16 @@ CASES: dict[str, tuple[Damage, list[str]]] = {
     # the list
     "task twice": (
         models('{"rte": "first", "sst2": "second", "rte": "second"}'),
-        ["--load-model-path models.json", "'rte' occurs twice", "mend the file"],
+        ["--load-model-path models.json", "'rte' occurs twice", "fix the file"],
     ),
-    "no path": (models('{"rte": "first", "sst2": null}'), ["models.json", "'sst2'", "None"]),
-    "empty path": (models('{"rte": "first", "sst2": ""}'), ["models.json", "'sst2'", "a path"]),
+    "no path": (
+        models('{"rte": "first", "sst2": null}'),
+        ["models.json", "sst2: expected", "None"],
+    ),
+    "empty path": (
+        models('{"rte": "first", "sst2": ""}'),
+        ["models.json", "sst2: expected", "empty"],
+    ),
     "path of 5000 letters": (
         models(json.dumps({"rte": "first", "sst2": "x" * 5000})),
         ["models.json", "'sst2'", "correct the path"],
@@ -433,10 +457,13 @@ CASES: dict[str, tuple[Damage, list[str]]] = {
     ),
     "fingerprint is a list": (
         content("args.json", '{"body_fingerprint": [1]}'),
-        ["second/args.json", "body_fingerprint: expected str, found [1]"],
+        ["second/args.json", "body_fingerprint: expected text, found [1]"],
     ),
     "start is an object": (content("args.json", '{"init": {}}'), ["second/args.json", "init"]),
-    "seed is text": (content("args.json", '{"seed": "1"}'), ["second/args.json", "seed", "int"]),
+    "seed is text": (
+        content("args.json", '{"seed": "1"}'),
+        ["second/args.json", "seed: expected"],
+    ),
 }
 
 

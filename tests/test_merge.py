@@ -1,5 +1,6 @@
 """merge.py: from run directories to merged models, scores and tables."""
 
+import dataclasses
 import gc
 import json
 import re
@@ -12,20 +13,22 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
-from osrm import load_merged, report
+from osrm import load_merged, report, session
 from osrm.adapters import read_adapter
 from osrm.backbones import find_backbone, load_model, load_tokenizer
 from osrm.checkpoints import load_adapters
-from osrm.commands import scoring
-from osrm.commands.merge import run
 from osrm.commands.train import train
-from osrm.config import MergeConfig, TrainConfig, parse
+from osrm.config import MergeConfig, TrainConfig
+from osrm.data import load_task, split_task, tokenize
 from osrm.errors import UserError
 from osrm.evaluation import predict, predict_splits
-from osrm.glue import TASKS, GlueMetric, load_task, split_task, tokenize
+from osrm.flags import parse
+from osrm.glue import TASKS, task_scores
 from osrm.merged import MergedUpdate
 from osrm.merging import METHODS
+from osrm.records import Row
 from osrm.runs import run_dir
+from tests.conftest import merge_them
 
 NAMES = ["rte", "sst2", "stsb"]
 
@@ -51,6 +54,11 @@ def runs(request, tiny, tiny_data, tmp_path_factory):
 
 
 of_one_family = pytest.mark.parametrize("runs", ["roberta"], indirect=True)
+others_in_sweeps = pytest.mark.parametrize(
+    "runs",
+    ["roberta", *(pytest.param(family, marks=pytest.mark.sweep) for family in ("t5", "llama"))],
+    indirect=True,
+)
 
 
 def directories(config: TrainConfig, below: str = "") -> dict[str, str]:
@@ -64,9 +72,7 @@ def write(path: Path, value) -> str:
 
 def merged(config, tmp_path, name="out", **options) -> Path:
     paths = options.pop("paths", None) or directories(config)
-    file = write(tmp_path / "load_model_path.json", paths)
-    run(MergeConfig(load_model_path=file, output_dir=str(tmp_path / name), **options))
-    return tmp_path / name
+    return merge_them(paths, tmp_path, name, **options)
 
 
 @of_one_family
@@ -80,13 +86,13 @@ def test_one_model_is_in_memory_at_a_time(runs, tmp_path, monkeypatch):
         alive.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(scoring, "load_model", load)
+    monkeypatch.setattr(session, "load_model", load)
     gc.disable()
     try:
         merged(runs, tmp_path, methods=["regmean", "fisher", "ties"], search=[0.5, 1.0])
     finally:
         gc.enable()
-    assert len(alive) > 4 * len(NAMES)
+    assert len(alive) == 4 * len(NAMES)  # for both statistics, λ and scores
 
 
 def validation(config, task):
@@ -164,7 +170,7 @@ def test_the_scores_are_those_of_the_loaded_model(runs, tmp_path):
     row = json.loads((out / "results.json").read_text())["rows"][-1]
     for task in NAMES:
         data, tokenizer = validation(runs, task)
-        logits, labels = predict(load_merged(out / "ties", task), data, tokenizer, 8, task)
+        logits, labels = predict(load_merged(out / "ties", task), data, tokenizer, 8, title=task)
         if task != "stsb":
             assert row["scores"][task] == pytest.approx((logits.argmax(-1) == labels).mean())
 
@@ -180,18 +186,19 @@ def test_every_score_follows_from_the_predictions_that_stand_beside_it(runs, tmp
             assert part.label.tolist() == pytest.approx(data["labels"])
             kind = int if TASKS[task].labels else float
             predictions, references = (part[name].to_numpy(kind) for name in (row["name"], "label"))
-            found = GlueMetric(task).compute(predictions=predictions, references=references)
+            found = task_scores(TASKS[task], predictions, references)
             assert found[TASKS[task].score] == pytest.approx(row["scores"][task], abs=1e-6)
 
 
+@others_in_sweeps
 def test_the_model_is_scored_in_the_precision_that_is_asked_for(runs, tmp_path, monkeypatch):
     seen = set()
 
-    def watching(model, *rest):
+    def watching(model, *rest, **options):
         seen.add(model.dtype)
-        return predict_splits(model, *rest)
+        return predict_splits(model, *rest, **options)
 
-    monkeypatch.setattr(scoring, "predict_splits", watching)
+    monkeypatch.setattr(session, "predict_splits", watching)
     options = {"methods": ["average", "fisher", "regmean"], "diagnose": True}
     for dtype in ("float32", "bfloat16"):
         out = merged(runs, tmp_path, dtype, eval_dtype=dtype, **options)
@@ -213,8 +220,9 @@ def test_one_task_alone_is_its_own_adapter_through_every_path(runs, tmp_path):
     data, tokenizer = validation(runs, "sst2")
     base = AutoModelForSequenceClassification.from_pretrained(runs.backbone, num_labels=2)
     base.config.pad_token_id = tokenizer.pad_token_id
-    expected, _ = predict(PeftModel.from_pretrained(base, paths["sst2"]), data, tokenizer, 8, "")
-    ours, _ = predict(load_merged(out / "average", "sst2"), data, tokenizer, 8, "")
+    peft = PeftModel.from_pretrained(base, paths["sst2"])
+    expected, _ = predict(peft, data, tokenizer, 8, title="")
+    ours, _ = predict(load_merged(out / "average", "sst2"), data, tokenizer, 8, title="")
     assert abs(ours - expected).max() < 1e-5
 
 
@@ -348,20 +356,20 @@ def test_the_report_joins_several_merges(runs, tmp_path, monkeypatch, capsys):
     text = (tmp_path / "r" / "table.md").read_text()
     assert text.strip() in capsys.readouterr().out
     starts = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
-    assert starts == ["start", "---", *["gaussian"] * 3, *["analytical"] * 3]
+    assert [starts[0], *starts[2:]] == ["start", *["gaussian"] * 3, *["analytical"] * 3]
     assert (tmp_path / "r" / "plot.png").read_bytes().startswith(b"\x89PNG")
-    other["tasks"] = {"rte": {}}
+    other["tasks"] = {"rte": other["tasks"]["rte"]}
     write(second, other)
     with pytest.raises(UserError, match="other tasks"):
         report.main()
 
 
 def test_bars_of_several_starts_are_named_by_the_knobs_that_they_share():
-    one = {"name": "ties", "knobs": {"density": 0.2, "scale": 1.0}}
-    other = {"name": "ties", "knobs": {"density": 0.2, "scale": 0.5}}
+    one = Row("ties", {"density": 0.2, "scale": 1.0}, {}, 0.0, None, {})
+    other = dataclasses.replace(one, knobs={"density": 0.2, "scale": 0.5})
     assert report.shared_title([one, one]) == "ties\n(density 0.2, scale 1)"
     assert report.shared_title([one, other]) == "ties\n(density 0.2)"
-    assert report.shared_title([one, {"name": "ties", "knobs": {}}]) == "ties"
+    assert report.shared_title([one, dataclasses.replace(one, knobs={})]) == "ties"
 
 
 def test_defaults_come_from_the_shipped_files(monkeypatch):
@@ -392,3 +400,29 @@ def test_what_takes_no_weights_or_no_data_is_refused(runs, tmp_path):
         merged(runs, tmp_path, methods=["ties"], weights=["rte=2"], no_eval=True)
     with pytest.raises(UserError, match="regmean looks at data, which --no-eval leaves out"):
         merged(runs, tmp_path, methods=["regmean"], no_eval=True)
+
+
+def test_a_base_with_a_head_of_another_size_is_trained_scored_merged_and_exported(
+    tiny, tiny_data, tmp_path
+):
+    base = AutoModelForSequenceClassification.from_pretrained(tiny["roberta"], num_labels=3)
+    base.save_pretrained(tmp_path / "base")
+    load_tokenizer(find_backbone(str(tiny["roberta"]))).save_pretrained(tmp_path / "base")
+    config = TrainConfig(
+        **{"backbone": str(tmp_path / "base"), "data_dir": str(tiny_data), "epochs": 1, "rank": 2},
+        **{"lr": 1e-2, "per_device_train_bsz": 16},
+        **{"tasks": ["rte", "sst2"], "other_tasks": ["stsb"], "save_merged_model": True},
+        output_dir=str(tmp_path / "runs"),
+        init="analytical",
+    )
+    train(config)
+    paths = {"rte": str(run_dir(config, "rte")), "sst2": str(run_dir(config, "sst2"))}
+    paths["sst2"] += "/merged_model"
+    options = {"methods": ["average"], "export": ["model"], "paths": paths}
+    out = merged(config, tmp_path, **options) / "average"
+    for task in paths:
+        ours = load_merged(out, task)
+        assert ours.config.num_labels == 2
+        theirs = AutoModelForSequenceClassification.from_pretrained(out / "models" / task)
+        for name, tensor in ours.state_dict().items():
+            torch.testing.assert_close(theirs.state_dict()[name], tensor)

@@ -278,19 +278,16 @@ def test_every_method_is_tested_and_configured():
 
 @pytest.mark.parametrize("name, knobs, make", MADE)
 def test_method_equals_its_oracle(name, knobs, make):
-    updates = make(8, seed=8)
-    merged = looked_up(run(name, updates, **knobs))
-    assert list(merged) == list(updates)
-    assert {each.dtype for each in merged.values()} == {torch.float32}
-    assert_near(merged, expected(name, updates, **knobs))
-
-
-@pytest.mark.parametrize("name, knobs, make", MADE)
-def test_in_float64_a_method_equals_its_oracle_to_nine_digits(name, knobs, make):
-    updates = make(2, seed=2)
-    merged = looked_up(run(name, updates, dtype=torch.float64, **knobs))
-    assert {each.dtype for each in merged.values()} == {torch.float64}
-    assert_near(merged, expected(name, updates, **knobs), tolerance=1e-9, floor=1e-12)
+    """To rounding in float32, and to nine digits in float64."""
+    for tasks, dtype, tolerance in (
+        (8, torch.float32, {}),
+        (2, torch.float64, {"tolerance": 1e-9, "floor": 1e-12}),
+    ):
+        updates = make(tasks, seed=tasks)
+        merged = looked_up(run(name, updates, dtype=dtype, **knobs))
+        assert list(merged) == list(updates)
+        assert {deltas.dtype for deltas in merged.values()} == {dtype}
+        assert_near(merged, expected(name, updates, **knobs), **tolerance)
 
 
 @pytest.mark.parametrize("name, knobs", CASES)
@@ -361,31 +358,19 @@ def test_a_mask_is_packed_as_numpy_packs_bits(shape):
     )
     part = Masked(torch.randn(*shape, generator=rng), packed, torch.tensor([1.0, -2.0, 0.5]))
     for task, each in enumerate(mask):
-        assert part.row(task).equal(part.rescaler[task] * each * part.unified)
-        assert row(part, task).equal(part.row(task))
+        assert row(part, task).equal(part.rescaler[task] * each * part.unified)
 
 
 @pytest.mark.parametrize("name, knobs, adds_up", KEEPS_EQUAL_UPDATES)
-@pytest.mark.parametrize("tasks", [1, 2, 3, 8])
-def test_equal_updates_merge_to_themselves(name, knobs, adds_up, tasks):
-    """Of a rank that leaves room for all tasks' singular vectors."""
+def test_equal_updates_merge_to_themselves(name, knobs, adds_up):
+    """One task alone of any rank; several of a rank with room for all their singular vectors."""
     one = factored(1, shapes=LARGE, ranks=(2,)).updates
-    equal = TaskVectors.stack(
-        {str(task): {module: one[module][0] for module in one} for task in range(tasks)}
-    )
-    times = knobs.get("scale", 1.0) * (tasks if adds_up else 1)
-    wanted = {module: times * deltas for module, deltas in exact(equal).items()}
-    assert_near(run(name, equal, **knobs), wanted)
-
-
-@pytest.mark.parametrize("name, knobs, adds_up", KEEPS_EQUAL_UPDATES)
-@pytest.mark.parametrize("make", MAKERS)
-def test_one_task_alone_stays_as_it_is(name, knobs, adds_up, make):
-    """Of full rank, too."""
-    updates = make(1)
-    times = knobs.get("scale", 1.0)
-    wanted = {module: times * deltas for module, deltas in exact(updates).items()}
-    assert_near(run(name, updates, **knobs), wanted)
+    alone = {module: pairs[0] for module, pairs in one.items()}
+    equal = [TaskVectors.stack(dict.fromkeys(map(str, range(n)), alone)) for n in (1, 2, 3, 8)]
+    for updates in (*equal, *(make(1) for make in MAKERS)):
+        times = knobs.get("scale", 1.0) * (len(task_names(updates)) if adds_up else 1)
+        wanted = {module: times * deltas for module, deltas in exact(updates).items()}
+        assert_near(run(name, updates, **knobs), wanted)
 
 
 @pytest.mark.parametrize("name, knobs, make", [each for each in MADE if each.values[2] in PERMUTED])
@@ -407,11 +392,6 @@ class Turned(TaskVectors):
 
 @pytest.mark.parametrize("name, knobs", CASES)
 class TestTheorems:
-    def test_lazy_input_gives_the_same(self, name, knobs):
-        updates = tied()
-        lazy = Lazy(updates, lambda module: updates[module].clone())
-        assert_equal(run(name, lazy, **knobs), run(name, updates, **knobs), rtol=0, atol=0)
-
     def test_zero_stays_zero(self, name, knobs):
         zero = {module: torch.zeros(3, *shape) for module, shape in SHAPES.items()}
         assert_equal(run(name, zero, **knobs), zero, rtol=0, atol=0)
@@ -420,49 +400,45 @@ class TestTheorems:
         assert_equal(run(name, empty, **knobs), wanted, rtol=0, atol=0)
 
     def test_doubling_the_updates_doubles_the_merged(self, name, knobs):
-        updates = gaussian()
-        doubled = {module: 2 * deltas for module, deltas in updates.items()}
-        merged = run(name, updates, **knobs)
-        wanted = {module: 2 * merged[module] for module in updates}
-        assert_near(run(name, doubled, **knobs), wanted, tolerance=1e-6, floor=0)
-
-    def test_inputs_are_neither_changed_nor_aliased(self, name, knobs):
-        for tasks in (1, 3):
+        """Inputs are neither changed nor aliased, and what all tasks share is a view."""
+        for tasks in (1, 4):
             updates = gaussian(tasks)
             before = {module: deltas.clone() for module, deltas in updates.items()}
-            merged = run(name, updates, **knobs)
+            merged = looked_up(run(name, updates, **knobs))
+            assert_equal(updates, before, rtol=0, atol=0)
             for module, deltas in updates.items():
                 storage = merged[module].untyped_storage()
                 assert storage.data_ptr() != deltas.untyped_storage().data_ptr()
-            assert_equal(updates, before, rtol=0, atol=0)
-
-    def test_shared_updates_are_views(self, name, knobs):
-        merged = run(name, gaussian(), **knobs)["tall"]
-        assert merged.shape == (4, 19, 2)
-        assert name == "emr" or merged.stride(0) == 0
+        assert merged["tall"].shape == (4, 19, 2)
+        assert name == "emr" or merged["tall"].stride(0) == 0
+        doubled = {module: 2 * deltas for module, deltas in updates.items()}
+        wanted = {module: 2 * merged[module] for module in updates}
+        assert_near(run(name, doubled, **knobs), wanted, tolerance=1e-6, floor=0)
 
     def test_half_precision_is_computed_in_float32(self, name, knobs):
         half = {module: deltas.bfloat16() for module, deltas in gaussian().items()}
         full = {module: deltas.float() for module, deltas in half.items()}
         assert_equal(run(name, half, **knobs), run(name, full, **knobs), rtol=0, atol=0)
 
-    @pytest.mark.parametrize("make", [gaussian, factored])
-    def test_the_size_of_blocks_does_not_matter(self, name, knobs, make, monkeypatch):
+    def test_the_size_of_blocks_does_not_matter(self, name, knobs, monkeypatch):
         shapes = {"long": (200, 6), "wide": (70, 40), "short": (3, 5)}
-        updates = make(shapes=shapes)
-        whole = looked_up(run(name, updates, **knobs))
+        both = [make(shapes=shapes) for make in (gaussian, factored)]
+        wholes = [looked_up(run(name, updates, **knobs)) for updates in both]
         monkeypatch.setattr("osrm.merging._updates._BLOCK", 1)
-        assert len([*Inputs(updates, torch.float32).blocks("long")]) > 1
-        assert_near(run(name, updates, **knobs), whole, tolerance=1e-6)
+        for updates, whole in zip(both, wholes):
+            assert len([*Inputs(updates, torch.float32).blocks("long")]) > 1
+            assert_near(run(name, updates, **knobs), whole, tolerance=1e-6)
 
-    @pytest.mark.parametrize("make", [gaussian, tied])
-    def test_one_modules_stack_is_alive_at_a_time(self, name, knobs, make):
-        updates = Watched(make())
-        merged = run(name, updates, **knobs)
-        for module in merged:
-            merged[module].sum()
-        assert updates.most_alive == 1
-        assert updates.alive() == 0
+    def test_lazy_input_gives_the_same_with_one_modules_stack_at_a_time(self, name, knobs):
+        for make in (gaussian, tied):
+            updates = Watched(make())
+            merged = run(name, updates, **knobs)
+            for module in merged:
+                merged[module].sum()
+            assert updates.most_alive == 1
+            assert updates.alive() == 0
+            if make is tied:
+                assert_equal(merged, run(name, make(), **knobs), rtol=0, atol=0)
 
 
 def small_statistics(needs, module, tasks, out, width):
@@ -490,33 +466,45 @@ def largest_tensors():
     torch.set_num_threads(1)
     _updates._BLOCK = 1
     updates = factored(shapes={"large": (700, 600)})
-    found = []
+    largest_of = []
     for name, knobs in CASES:
         statistics = small_statistics(METHODS[name].needs, "large", 4, 700, 600)
         with Largest() as largest:
             merged = merge(name, updates, statistics, **knobs_for(updates, knobs))
             assert merged.parts["large"] is not None
-        found.append((name, largest.bytes))
-    return found
+        largest_of.append((name, largest.bytes))
+    return largest_of
 
 
-def test_factors_are_never_all_dense():
-    """No tensor is as large as the dense updates of all tasks.
+def heavy_imports():
+    return [module for module in ("transformers", "peft", "datasets") if module in sys.modules]
 
-    By itself: to check annotations of mappings, beartype looks values up. Fisher's statistics are
-    dense themselves.
-    """
+
+@pytest.fixture(scope="module")
+def fresh():
+    """What an interpreter of its own says, in which beartype does not look values up."""
     code = (
-        "import json; from tests import test_merging as t; print(json.dumps(t.largest_tensors()))"
+        "import json; from tests import test_merging as t; largest = t.largest_tensors();"
+        "before = t.heavy_imports(); import transformers;"
+        "print(json.dumps([largest, before, t.heavy_imports()]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    whole = 4 * 4 * 700 * 600
-    found = json.loads(done.stdout)
-    assert len(found) == len(CASES)
-    for name, size in found:
-        assert 0 < size < whole or name == "fisher", name
+    return json.loads(done.stdout)
+
+
+def test_factors_are_never_all_dense(fresh):
+    """No tensor is as large as the dense updates of all tasks; Fisher's statistics are dense."""
+    largest, _, _ = fresh
+    assert len(largest) == len(CASES)
+    for name, size in largest:
+        assert 0 < size < 4 * 4 * 700 * 600 or name == "fisher", name
+
+
+def test_numbers_import_no_models(fresh):
+    _, before, after = fresh
+    assert before == [] and after == ["transformers"]
 
 
 def test_largest_sees_a_dense_stack():
@@ -569,39 +557,27 @@ def streamed(updates, density, dtype=torch.float32):
     return trim_threshold(Inputs(updates, dtype), [*updates], density)
 
 
-def entries(kind, tasks, size, rng):
-    gaussian = torch.randn(tasks, size, generator=rng)
-    return {
+def entries(size, rng):
+    """A vector of each kind of numbers, as the entries of tasks."""
+    gaussian = torch.randn(1, size, generator=rng)
+    kinds = {
         "gaussian": gaussian,
         "heavy ties": (gaussian * 2).round() / 2,
-        "one value": torch.full((tasks, size), -0.1),
+        "one value": torch.full((1, size), -0.1),
         "denormal": gaussian * 1e-42,
         "huge": gaussian * 1e37,
         "every exponent": gaussian.sign() * 10.0 ** (gaussian * 12).clamp(-44, 38),
         "nearly equal": 1 + gaussian * 1e-6,
-        "zeros": torch.zeros(tasks, size),
+        "zeros": torch.zeros(1, size),
         "signed zeros": torch.where(gaussian > 0, 0.0, -0.0),
-    }[kind]
+    }
+    return torch.cat([*kinds.values()])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 101, 5000])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "gaussian",
-        "heavy ties",
-        "one value",
-        "denormal",
-        "huge",
-        "every exponent",
-        "nearly equal",
-        "zeros",
-        "signed zeros",
-    ],
-)
-def test_streamed_threshold_is_the_kth_value(kind, size):
+def test_streamed_threshold_is_the_kth_value(size):
     rng = torch.Generator().manual_seed(size)
-    vectors = entries(kind, 3, size, rng)
+    vectors = entries(size, rng)
     cuts = sorted({0, size // 3, size // 2, size})
     updates = {f"module {start}": vectors[:, None, start:end] for start, end in pairwise(cuts)}
     densities = [1.0, 0.9, 0.5, 0.2, 0.1, 1 / size, 1e-9, *torch.rand(4, generator=rng).tolist()]
@@ -662,9 +638,9 @@ class TestDare:
     def test_the_mean_over_seeds_is_the_update(self):
         updates = gaussian(3, shapes={"w": (5, 7)})
         deltas, total = updates["w"], torch.zeros(5, 7)
-        for seed in range(300):
-            total += merge("dare_linear", updates, drop_rate=0.5, seed=seed)["w"][0] / 300
-        spread = deltas.square().sum(0).sqrt() / 300**0.5
+        for seed in range(100):
+            total += merge("dare_linear", updates, drop_rate=0.5, seed=seed)["w"][0] / 100
+        spread = deltas.square().sum(0).sqrt() / 100**0.5
         assert ((total - deltas.sum(0)) / spread).abs().max() < 4
 
     def test_coins_of_other_tasks_modules_seeds_and_rows_are_others(self):
@@ -761,15 +737,6 @@ class TestRegMean:
             found = condition(moments, ridge=ridge, off_diagonal=off_diagonal)
             assert found == pytest.approx(values[-1] / values[0], rel=1e-6)
 
-
-def test_fisher_weighs_tasks_alike_however_large_their_gradients():
-    updates = gaussian(3)
-    loudness = torch.tensor([1.0, 1e3, 1e5])[:, None, None]
-    information = {m: deltas.square() + 0.1 for m, deltas in gaussian(3, seed=1).items()}
-    louder = {m: each * loudness for m, each in information.items()}
-    merged = merge("fisher", updates, information)
-    assert_near(merge("fisher", updates, louder), merged, tolerance=1e-4)
-
     @pytest.mark.parametrize("silent", ["no vectors", "zeros"])
     def test_what_no_task_has_features_for_gets_the_mean(self, silent):
         updates = gaussian(2)
@@ -781,11 +748,21 @@ def test_fisher_weighs_tasks_alike_however_large_their_gradients():
 
     def test_singular_equations_are_refused_by_name(self):
         updates = gaussian(2)
-        few = {module: [Moment.of(torch.ones(1, d.shape[2]))] * 2 for module, d in updates.items()}
-        merged = merge("regmean", updates, few, ridge=0.0)
+        moments = {m: [Moment.of(torch.eye(deltas.shape[2]))] * 2 for m, deltas in updates.items()}
+        moments["tall"] = [Moment.of(torch.ones(1, 2))] * 2
+        merged = merge("regmean", updates, moments, ridge=0.0)
         with pytest.raises(UserError, match="equations of tall are singular; take a larger ridge"):
             merged["tall"]
-        assert condition(few["tall"], ridge=0.0) > 1e12
+        assert condition(moments["tall"], ridge=0.0) > 1e12
+
+
+def test_fisher_weighs_tasks_alike_however_large_their_gradients():
+    updates = gaussian(3)
+    loudness = torch.tensor([1.0, 1e3, 1e5])[:, None, None]
+    information = {m: deltas.square() + 0.1 for m, deltas in gaussian(3, seed=1).items()}
+    louder = {m: each * loudness for m, each in information.items()}
+    merged = merge("fisher", updates, information)
+    assert_near(merge("fisher", updates, louder), merged, tolerance=1e-4)
 
 
 class TestCoreSpace:
@@ -799,6 +776,27 @@ class TestCoreSpace:
     def test_tsv_in_the_core_is_plain_tsv_where_ranks_leave_room(self, tasks):
         updates = factored(tasks, shapes=LARGE, ranks=(2, 3, 0, 1))
         assert_near(merge("core_space", updates, inner="tsv"), merge("tsv", updates))
+
+
+def test_the_authors_tsv_of_identical_updates_is_larger_and_arbitrary():
+    """They keep the null directions of the polar factors; the oracle and ours leave them out."""
+    B, A = factored(1, shapes={"w": (40, 30)}, ranks=(3,)).pairs("w")[0].factors(torch.float64)
+    one = (B @ A).numpy()
+    U, values, Vh = oracles.svd(one)
+    theirs = []
+    for noise in (0, 1e-12):
+        rng = np.random.default_rng(0)
+        polars = []
+        for columns in (np.tile(U, 4), np.tile(Vh.T, 4)):
+            columns = columns + noise * rng.standard_normal(columns.shape)
+            P, _, Qh = np.linalg.svd(columns, full_matrices=False)
+            polars.append(P @ Qh)
+        theirs.append(polars[0] @ np.diag(np.tile(values, 4)) @ polars[1].T)
+    norm = np.linalg.norm(one)
+    assert np.linalg.norm(theirs[0]) == pytest.approx(2 * norm)
+    assert np.linalg.norm(theirs[0] - theirs[1]) > 0.1 * norm
+    ours = merge("tsv", {"w": torch.from_numpy(np.stack([one] * 4))}, dtype=torch.float64)
+    torch.testing.assert_close(ours["w"][0], torch.from_numpy(one))
 
 
 def test_merges_of_low_rank_are_kept_as_factors():
@@ -898,7 +896,7 @@ def test_unknown_method_is_refused_with_those_known():
 def test_every_problem_with_knobs_is_named_in_one_line():
     assert refused("ties", {"densty": 0.2, "density": 0, "scale": math.nan}) == (
         "merging method 'ties': unknown knob 'densty' (known: density, scale, trim); "
-        "density must be a number in (0, 1], not 0; scale must be a finite number, not nan"
+        "density: expected a number in (0, 1], found 0; scale: expected a finite number, found nan"
     )
     assert "unknown knob 'scale' (known: none)" in refused("emr", {"scale": 1.0})
     # What they need beside the updates is no knob.
@@ -927,7 +925,7 @@ NO_NUMBER = [math.nan, math.inf, -math.inf, "1", None, False, [0.2]]
 )
 def test_a_knob_outside_its_range_is_refused(name, knob, values):
     for value in values:
-        assert f"{knob} must be" in refused(name, {knob: value})
+        assert f"{knob}: expected " in refused(name, {knob: value})
 
 
 @pytest.mark.parametrize("name", ["average", "task_arithmetic", "dare_linear"])
@@ -972,7 +970,7 @@ def test_a_method_is_one_function_and_one_row(monkeypatch):
         """Everyone receives the last task's update, as one matrix."""
         return Lazy(updates, lambda name: boost * statistics[name] * updates[name][-1])
 
-    method = Method("loudest", loudest, "nowhere", needs="patience")
+    method = Method(loudest, "nowhere", needs="patience")
     monkeypatch.setitem(METHODS, "loudest", method)
     updates = gaussian()
     merged = merge("loudest", updates, dict.fromkeys(updates, 3), boost=2.0)["tall"]
@@ -996,29 +994,9 @@ def test_every_form_of_a_part_is_read_alike(form, monkeypatch):
             torch.arange(4.0)[:, None, None] * mask * stack[0],
         ),
     }[form]
-    method = Method("toy", lambda updates: Lazy(updates, lambda _: part), "nowhere")
+    method = Method(lambda updates: Lazy(updates, lambda _: part), "nowhere")
     monkeypatch.setitem(METHODS, "toy", method)
     merged = merge("toy", {"w": stack})
     torch.testing.assert_close(merged["w"], wanted)
     for task in range(4):
         torch.testing.assert_close(row(merged.parts["w"], task), wanted[task])
-
-
-HEAVY = "transformers", "peft", "datasets"
-
-
-def heavy_imports(statement):
-    code = f"{statement}; import sys; print(*(m for m in {HEAVY!r} if m in sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return done.stdout.split()
-
-
-def test_numbers_import_no_models():
-    assert heavy_imports("import osrm.merging, osrm.task_vectors") == []
-
-
-def test_the_check_of_imports_can_fail():
-    pytest.importorskip("peft")
-    assert "transformers" in heavy_imports("import peft")

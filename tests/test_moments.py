@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from osrm.moments import Moment, without
+from osrm.moments import Moment, own_and_others
 
 D = 6
 
@@ -136,30 +136,45 @@ SIZES = {
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_without_a_task_is_the_sum_of_the_others(sizes, scale):
+def test_the_statistic_of_the_others_is_that_of_their_vectors(sizes, scale):
     x = {name: rows(n, seed=i) for i, (name, n) in enumerate(sizes.items())}
     x["a"] = x["a"] * scale
     moments = {name: Moment.of(each) for name, each in x.items()}
-    total = reduce(add, moments.values())
-    for name in moments:
-        others = torch.cat([x["a"][:0], *(each for other, each in x.items() if other != name)])
-        assert_statistic_of(without(total, moments, name), others)
-    assert without(total, moments, "foreign") is total
+    for name, own, others in own_and_others(moments, [*moments, "foreign"], moments):
+        expected = [rows for other, rows in x.items() if other != name]
+        assert own is moments.get(name) and (others is None) == (not expected)
+        if others:
+            assert_statistic_of(others, torch.cat(expected))
 
 
-def test_without_keeps_few_vectors_few():
-    moments = {name: Moment.of(rows(1, seed=ord(name))) for name in "abcde"}
-    left = without(reduce(add, moments.values()), moments, "c")
+def test_others_are_those_that_are_named_and_exist():
+    moments = {name: Moment.of(rows(40, seed=ord(name))) for name in "abc"}
+    found = {task: rest for task, _, rest in own_and_others(moments, "abx", "bcx")}
+    assert_statistic_of(found["b"], rows(40, seed=ord("c")))
+    for task in "ax":
+        assert_statistic_of(found[task], torch.cat([rows(40, seed=ord(name)) for name in "bc"]))
+    assert [*own_and_others({}, "a", "ab")] == [("a", None, None)]
+
+
+def others_of(task, moments):
+    ((_, _, others),) = own_and_others(moments, [task], moments)
+    return others
+
+
+def test_few_others_stay_vectors():
+    left = others_of("c", {name: Moment.of(rows(1, seed=ord(name))) for name in "abcde"})
     assert left.is_rows and left.count == 4
 
 
-def test_without_costs_one_subtraction_a_task(monkeypatch):
-    """All sums of T - 1 tasks take T subtractions; adding each of them up anew would take T²."""
+def test_others_cost_one_addition_and_one_subtraction_a_task(monkeypatch):
+    """Adding the T - 1 others of each of the T tasks up anew would take T² additions."""
     moments = {name: Moment.of(rows(40, seed=ord(name))) for name in "abcde"}
-    total = reduce(add, moments.values())
-    monkeypatch.setattr(Moment, "__add__", lambda *_: pytest.fail("added up anew"))
-    for name in moments:
-        without(total, moments, name)
+    calls = []
+    for name in ("__add__", "__sub__"):
+        plain = getattr(Moment, name)
+        monkeypatch.setattr(Moment, name, lambda *x, f=plain: calls.append(f) or f(*x))
+    assert len([*own_and_others(moments, moments, moments)]) == 5
+    assert len(calls) == 4 + 5
 
 
 @pytest.mark.parametrize("factor", [1.0, 1e3, 1e9])
@@ -171,7 +186,7 @@ def test_the_null_space_of_the_others_survives_one_task_of_much_more_energy(fact
     moments = {"own": Moment.of(own * factor)}
     moments |= {"first": Moment.of(first[:, 2:].double() @ rest.double())}
     moments |= {"second": Moment.of(second[:, 2:].double() @ rest.double())}
-    left = without(reduce(add, moments.values()), moments, "own")
+    left = others_of("own", moments)
     assert abs(left.energy(null)) < 1e-12 * left.mean_energy
 
 
@@ -243,8 +258,7 @@ def test_few_vectors_of_a_wide_layer_never_become_a_square():
     d, n = 200_000, 5
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
     moments = {name: Moment.of(x[i : i + 1]) for i, name in enumerate("abcde")}
-    total = reduce(add, moments.values())
-    left = without(total, moments, "c")
+    left = others_of("c", moments)
     assert left.data.shape == (4, d)
     V = x[:2].T.double()
     product = left.times(V)

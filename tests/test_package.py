@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.conftest import ROOT
 
@@ -10,7 +11,7 @@ from tests.conftest import ROOT
 def test_an_installation_holds_the_package_alone(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     shutil.copytree(ROOT / "osrm", source / "osrm", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     offline = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
     install = [sys.executable, "-m", "pip", "install", *offline, "--target", target, source]
@@ -25,7 +26,14 @@ def test_an_installation_holds_the_package_alone(tmp_path):
         for path in target.rglob("*")
         if path.is_file() and "dist-info" not in str(path) and path.suffix != ".pyc"
     }
-    assert installed == expected
+    commands = {Path("bin/osrm-train"), Path("bin/osrm-merge")}
+    assert installed == expected | commands
+    for name in commands:
+        help = [sys.executable, target / name, "--help"]
+        shown = subprocess.run(
+            help, env={"PYTHONPATH": target}, capture_output=True, text=True, check=True
+        ).stdout
+        assert shown.startswith(f"usage: {name.name} ") and "--backbone" in shown
     code = "import osrm; print(osrm.__file__, osrm.load_merged.__name__)"
     command = [
         sys.executable,

@@ -24,10 +24,10 @@ from transformers import (
 import osrm
 from osrm import embedded
 from osrm.backbones import body_fingerprint
-from osrm.commands.setting import load_setting, make_plan, prepare_starts
+from osrm.bank import FeatureFile
+from osrm.commands.plan import make_plan, open_session, prepare_start
 from osrm.config import TrainConfig
 from osrm.errors import UserError
-from osrm.features import FeatureFile
 from osrm.plugin import (
     collect_osrm_features,
     get_osrm_state_dict,
@@ -577,14 +577,14 @@ def test_banks_go_to_train_glue_and_back(tiny, tiny_data, tmp_path, family):
     def train(bank):
         flags = {"data_dir": str(tiny_data), "feature_bank": str(bank), "rank": RANK}
         plan = make_plan(TrainConfig(str(tiny[family]), ["rte"], init="analytical", **flags))
-        return prepare_starts(load_setting(plan), plan.tasks)
+        return prepare_start(plan, open_session(plan), plan.tasks)
 
     def adapted():
         base = AutoModelForSequenceClassification.from_pretrained(tiny[family], num_labels=5)
         base.config.pad_token_id = 0
         return peft_model(family, base, task_type="SEQ_CLS")
 
-    start = train(theirs)[1]["rte"]
+    start = train(theirs).A["rte"]
     banks = {path.stem: FeatureFile(path) for path in theirs.iterdir()}
     assert set(banks) == {"rte", "sst2", "stsb"}
     model = adapted()
@@ -595,9 +595,12 @@ def test_banks_go_to_train_glue_and_back(tiny, tiny_data, tmp_path, family):
         assert others.energy(A) == least_energy
     batch = {"input_ids": torch.tensor([[1, 5, 9, 8, 2], [1, 6, 7, 4, 2]])}
     collect_osrm_features(model, [batch], ours / "sst2.safetensors")
-    files, changed = train(ours)
-    assert files["sst2"].path.parent == ours and "seed" not in files["sst2"].settings
-    assert not any(torch.equal(changed["rte"][name], A) for name, A in start.items())
+    changed = train(ours)
+    assert (
+        changed.features["sst2"].path.parent == ours
+        and "seed" not in changed.features["sst2"].settings
+    )
+    assert not any(torch.equal(changed.A["rte"][name], A) for name, A in start.items())
 
 
 SENTENCES = {

@@ -1,4 +1,4 @@
-"""Several processes on the CPU (gloo), started by torchrun and accelerate: the same as one."""
+"""Several processes on the CPU (gloo) do what one does, however they are started."""
 
 import json
 import os
@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
+from osrm.bank import read_bank
 from osrm.commands.train import train
 from osrm.config import TrainConfig
-from osrm.features import read_bank
 from osrm.runs import run_dir
-from tests.conftest import ROOT, make_tiny, write_data
-from tests.test_training import small
+from tests.conftest import ROOT, Forked, make_tiny, small, write_data
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
@@ -50,54 +51,95 @@ def data(tmp_path_factory) -> Path:
     return write_data(folder, ["rte", "sst2", "stsb"], train=160, validation=25)
 
 
-def start(launcher: str, script: Path | str, flags: list[str], cache: Path) -> subprocess.Popen:
-    environment = {**os.environ, "OSRM_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-m", *LAUNCHERS[launcher], str(script), *map(str, flags)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
+class Launched:
+    """Two processes of a script under a launcher, as `Forked` has them."""
+
+    def __init__(self, launcher: str, folder: Path, script: Path | str, *arguments: object) -> None:
+        folder.mkdir()
+        self.output = folder / "output.txt"
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *LAUNCHERS[launcher], str(script), *map(str, arguments)],
+                cwd=ROOT,
+                env={**os.environ, "OSRM_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        self.send_signal = self.process.send_signal
+
+    def wait(self) -> tuple[int, str]:
+        return self.process.wait(900), self.output.read_text(errors="replace")
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+
+def start(launcher: str, folder: Path, script: Path | str, *arguments: object) -> Forked | Launched:
+    """Two processes, of torch's or accelerate's launcher, or forked, which is faster."""
+    environ = {"OSRM_CACHE": str(folder / "cache")}
+    if launcher == "forked":
+        return Forked(folder, script, *arguments, count=2, **environ)
+    if launcher == "forked fsdp":
+        environ |= fsdp_environ()
+        return Forked(folder, "tests/fsdp_on_cpu.py", script, *arguments, count=2, **environ)
+    return Launched(launcher, folder, script, *arguments)
+
+
+def fsdp_environ() -> dict[str, str]:
+    """What accelerate's launcher tells its processes of hparams/fsdp.yaml."""
+    words = ["--config_file", str(ROOT / "hparams/fsdp.yaml"), "--num_processes", "2", "script"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    told = prepare_multi_gpu_env(arguments)
+    return {name: text for name, text in told.items() if name.startswith(("ACCELERATE", "FSDP"))}
 
 
 def flags(backbone: Path, data: Path, out: Path) -> list[str]:
     return [*FLAGS.split(), "--backbone", backbone, "--data-dir", data, "--output-dir", out]
 
 
+@pytest.fixture(scope="module")
+def banks(still, data, tmp_path_factory) -> dict[str, Path]:
+    """{family: the feature bank that one process fills}"""
+    folder = tmp_path_factory.mktemp("banks")
+    banks = {family: folder / family for family in still}
+    for family, bank in banks.items():
+        train(small(still, data, folder, family, only_features=True, feature_bank=str(bank)))
+    return banks
+
+
 @pytest.mark.parametrize("family", ["roberta", "llama"])
-def test_two_processes_find_the_features_of_one(family, still, data, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    train(small(still, data, tmp_path, family, only_features=True, feature_bank=str(one)))
+def test_two_processes_find_the_features_of_one(family, still, data, banks, tmp_path):
+    two = tmp_path / "two"
     more = [*flags(still[family], data, tmp_path), "--only-features", "--feature-bank", two]
-    process = start("torchrun", "train_glue.py", more, tmp_path / "cache")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    banks = [read_bank(path) for path in (one, two)]
-    assert banks[0].keys() == banks[1].keys() == {"rte", "sst2", "stsb"}
-    for task, file in banks[0].items():
+    code, output = start("forked", tmp_path / "started", "train_glue.py", *more).wait()
+    assert code == 0, output
+    files = [read_bank(path) for path in (banks[family], two)]
+    assert files[0].keys() == files[1].keys() == {"rte", "sst2", "stsb"}
+    for task, file in files[0].items():
         for module, moment in file.items():
-            own, other = moment.gram, banks[1][task][module].gram
+            own, other = moment.gram, files[1][task][module].gram
             assert (own - other).norm() < 1e-5 * own.norm()
 
 
 @pytest.mark.parametrize(
-    "launcher, family", [("torchrun", "roberta"), ("accelerate", "llama"), ("fsdp", "llama")]
+    "launcher, family",
+    [
+        ("torchrun", "roberta"),
+        ("forked fsdp", "llama"),
+        pytest.param("fsdp", "llama", marks=pytest.mark.sweep),
+        pytest.param("accelerate", "llama", marks=pytest.mark.sweep),
+    ],
 )
-def test_two_processes_train_as_one(launcher, family, still, data, tmp_path):
+def test_two_processes_train_as_one(launcher, family, still, data, banks, tmp_path):
     """The same steps and scores; adapters up to what Adam makes of rounding."""
-    bank = tmp_path / "bank"  # or rounding would choose A in a null space
-    settings = {"init": "analytical", "per_device_train_bsz": 16, "feature_bank": str(bank)}
+    bank = str(banks[family])  # or rounding would choose A in a null space
+    settings = {"init": "analytical", "per_device_train_bsz": 16, "feature_bank": bank}
     one = small(still, data, tmp_path / "one", family, **settings)
     train(one)
     more = [*flags(still[family], data, tmp_path / "two"), "--epochs", 2, "--feature-bank", bank]
-    process = start(launcher, "train_glue.py", more, tmp_path / "cache")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    code, output = start(launcher, tmp_path / "started", "train_glue.py", *more).wait()
+    assert code == 0, output
     assert output.count("merge them with") == 1  # one process reports
-
     assert_as_one(one, small(still, data, tmp_path / "two", family, **settings))
 
 
@@ -148,26 +190,32 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_a_failing_process_fails_the_job(still, data, tmp_path):
+either = pytest.mark.parametrize(
+    "launcher", ["forked", pytest.param("torchrun", marks=pytest.mark.sweep)]
+)
+
+
+@either
+def test_a_failing_process_fails_the_job(launcher, still, data, tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(FAILING)
     more = ["train_glue.py", *flags(still["llama"], data, tmp_path / "out")]
-    process = start("torchrun", script, more, tmp_path / "cache")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0 and "rank 1 is broken" in output
+    code, output = start(launcher, tmp_path / "started", script, *more).wait()
+    assert code != 0 and "rank 1 is broken" in output
     assert not [*tmp_path.rglob("metrics.json")]
 
 
-def test_a_signal_to_the_launcher_leaves_a_checkpoint_of_all(still, data, tmp_path):
+@either
+def test_a_signal_to_the_launcher_leaves_a_checkpoint_of_all(launcher, still, data, tmp_path):
     """The newest one, and whole."""
     out = tmp_path / "out"
     more = [*flags(still["llama"], data, out), "--epochs", 500]
-    process = start("torchrun", "train_glue.py", more, tmp_path / "cache")
+    started = start(launcher, tmp_path / "started", "train_glue.py", *more)
     while not [*out.glob("rte/*/checkpoints/checkpoint-*/trainer_state.json")]:
-        assert process.poll() is None, process.stdout.read()
+        assert started.alive(), started.wait()
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=300)
+    started.send_signal(signal.SIGTERM)
+    _, output = started.wait()
     assert "stopped by SIGTERM; --resume goes on from step" in output
     (checkpoints,) = out.glob("rte/*/checkpoints")
     assert not (checkpoints / "unfinished").exists()

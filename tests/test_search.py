@@ -9,20 +9,20 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from osrm import load_merged
-from osrm.adapters import adapted_modules, add_lora, save_adapter, write_factors
+from osrm import load_merged, session
+from osrm.adapters import add_lora, save_adapter, write_factors
 from osrm.backbones import find_backbone, load_tokenizer, projections
-from osrm.commands import merge as command
-from osrm.commands import scoring
-from osrm.commands.merge import run
-from osrm.commands.scoring import choose_scale
-from osrm.config import MergeConfig, parse
+from osrm.commands import merger
+from osrm.config import MergeConfig
+from osrm.data import fingerprint, load_task, split_task, tokenize
 from osrm.errors import UserError
 from osrm.evaluation import predict_splits, scores
-from osrm.glue import TASKS, fingerprint, load_task, split_task, tokenize
+from osrm.flags import parse
+from osrm.glue import TASKS
 from osrm.merged import MergedUpdate
 from osrm.merging import METHODS, merge
-from tests.conftest import write_data
+from osrm.records import Search
+from tests.conftest import merge_them, write_data
 
 NAMES = ["rte", "sst2", "stsb"]
 GRID = [0.3, 0.05, 1.0, 0.7]
@@ -44,8 +44,9 @@ def made(tiny, data_dir, tmp_path_factory) -> dict[str, Path]:
         base = AutoModelForSequenceClassification.from_pretrained(
             tiny["roberta"], num_labels=TASKS[task].num_labels
         )
-        model = add_lora(base, projections(base, "qv", 2), 2, 4)
-        sizes = dict.fromkeys(adapted_modules(model), (2, 32))
+        modules = projections(base, "qv", 2)
+        model = add_lora(base, modules, 2, 4)
+        sizes = dict.fromkeys(modules, (2, 32))
         write_factors(
             model,
             {name: torch.randn(size) for name, size in sizes.items()},
@@ -81,10 +82,7 @@ def held_out(task: str, data_dir: Path):
 
 def merged(paths, out: Path, **options) -> dict:
     """Run merge.py; what results.json says."""
-    file = out.parent / "load_model_path.json"
-    file.write_text(json.dumps({task: str(path) for task, path in paths.items()}))
-    run(MergeConfig(load_model_path=str(file), output_dir=str(out), **options))
-    path = out / "results.json"
+    path = merge_them(paths, out.parent, out.name, **options) / "results.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -102,6 +100,9 @@ def test_the_choice_is_that_of_merging_with_every_scale_and_scoring_by_hand(
     results = merged(made, tmp_path / "found", search=GRID)
     assert [*results["search"]] == SCALED
     tokenizer = load_tokenizer(find_backbone(str(tiny["roberta"])))
+    data = {
+        task: {"": tokenize(held_out(task, data_dir), TASKS[task], tokenizer, 32)} for task in NAMES
+    }
     by_hand: dict[str, dict[str, list[float]]] = {
         method: {task: [] for task in NAMES} for method in SCALED
     }
@@ -110,9 +111,8 @@ def test_the_choice_is_that_of_merging_with_every_scale_and_scoring_by_hand(
         merged(made, out, methods=SCALED, scale=scale, no_eval=True)
         for method in SCALED:
             for task in NAMES:
-                data = {"": tokenize(held_out(task, data_dir), TASKS[task], tokenizer, 32)}
                 model = load_merged(out / method, task)
-                found = predict_splits(model, TASKS[task], data, tokenizer, 64)
+                found = predict_splits(model, TASKS[task], data[task], tokenizer, batch_size=64)
                 metrics = scores(TASKS[task], found)
                 assert metrics["eval_samples"] == HELD_OUT
                 by_hand[method][task].append(metrics[f"eval_{TASKS[task].score}"])
@@ -133,17 +133,20 @@ def test_what_is_saved_and_reported_has_the_chosen_scale(made, tmp_path):
         recipe = json.loads((tmp_path / "out" / method / "recipe.json").read_text())
         assert recipe["knobs"] == rows[method]["knobs"]
         assert recipe.get("search") == results["search"].get(method)
-    for method, found in results["search"].items():
-        assert found["chosen_on"] == "held-out data"
-        assert rows[method]["knobs"]["scale"] == found["best"]
-        again = tmp_path / method
-        expected = merged(made, again, methods=[method], scale=found["best"])
+    for scale in {found["best"] for found in results["search"].values()}:
+        methods = [name for name, found in results["search"].items() if found["best"] == scale]
+        again = tmp_path / f"{scale}"
+        expected = merged(made, again, methods=methods, scale=scale)
         assert expected["search"] == {} and not (again / "search.png").exists()
-        assert expected["rows"][-1]["scores"] == rows[method]["scores"]
-        for task in NAMES:
-            one = MergedUpdate(tmp_path / "out" / method, task)
-            two = MergedUpdate(again / method, task)
-            assert all(torch.equal(one[module], two[module]) for module in two)
+        scores = {row["name"]: row["scores"] for row in expected["rows"]}
+        for method in methods:
+            assert results["search"][method]["chosen_on"] == "held-out data"
+            assert rows[method]["knobs"]["scale"] == scale
+            assert scores[method] == rows[method]["scores"]
+            for task in NAMES:
+                one = MergedUpdate(tmp_path / "out" / method, task)
+                two = MergedUpdate(again / method, task)
+                assert all(torch.equal(one[module], two[module]) for module in two)
     assert (tmp_path / "out" / "search.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.rglob(".*"))
     merged(made, tmp_path / "out", search=[0.5], overwrite=True)  # that plot is ours
@@ -154,11 +157,11 @@ def test_the_reported_examples_are_scored_once_a_row_and_choose_nothing(
 ):
     scored = []
 
-    def counting(model, task, splits, *rest):
+    def counting(model, task, splits, *rest, **options):
         scored.append(len(splits[""]))
-        return predict_splits(model, task, splits, *rest)
+        return predict_splits(model, task, splits, *rest, **options)
 
-    monkeypatch.setattr(scoring, "predict_splits", counting)
+    monkeypatch.setattr(session, "predict_splits", counting)
     before = merged(made, tmp_path / "before", search=GRID)
     assert scored.count(40) == len(NAMES) * len(before["rows"])
     assert scored.count(HELD_OUT) == len(NAMES) * len(GRID) * len(SCALED)
@@ -177,25 +180,25 @@ def test_the_reported_examples_are_scored_once_a_row_and_choose_nothing(
 
 def test_one_model_a_task_is_loaded_for_the_whole_search(made, tmp_path, monkeypatch):
     loaded = []
-    original = scoring.load_model
+    original = session.load_model
 
     def counting(*args):
         loaded.append(args)
         return original(*args)
 
-    monkeypatch.setattr(scoring, "load_model", counting)
+    monkeypatch.setattr(session, "load_model", counting)
     methods = ["task_arithmetic", "ties", "dare_linear"]
     merged(made, tmp_path / "out", search=GRID, methods=methods)
-    assert len(loaded) == 3 * len(NAMES)  # to check that all fits, to search, to report
+    assert len(loaded) == 2 * len(NAMES)  # to search, to report
 
 
 def test_a_tie_goes_to_the_smaller_scale():
     grid = [0.1, 0.3, 0.5, 1.0]
     # 0.1 + 0.7 and 0.3 + 0.5 differ in the last bit.
-    found = choose_scale(grid, {"rte": [0.0, 0.1, 0.3, 0.1], "sst2": [0.0, 0.7, 0.5, 0.2]})
-    assert found["best"] == 0.3
-    assert choose_scale(grid, {"rte": [0.5] * 4})["best"] == 0.1
-    assert choose_scale(grid, {"rte": [-0.5, -0.2, -0.1, -0.3]})["best"] == 0.5
+    found = Search.choose(grid, {"rte": [0.0, 0.1, 0.3, 0.1], "sst2": [0.0, 0.7, 0.5, 0.2]}, {})
+    assert found.best == 0.3
+    assert Search.choose(grid, {"rte": [0.5] * 4}, {}).best == 0.1
+    assert Search.choose(grid, {"rte": [-0.5, -0.2, -0.1, -0.3]}, {}).best == 0.5
 
 
 def test_a_scale_given_twice_is_tried_once(made, tmp_path):
@@ -284,8 +287,8 @@ def test_runs_without_known_held_out_data(runs, data_dir, tmp_path, monkeypatch,
     def no_work(*_):
         raise AssertionError("it merged or scored before it refused")
 
-    monkeypatch.setattr(command, "merge", no_work)
-    monkeypatch.setattr(scoring, "predict_splits", no_work)
+    monkeypatch.setattr(merger, "merge", no_work)
+    monkeypatch.setattr(session, "predict_splits", no_work)
     data = shutil.copytree(data_dir, tmp_path / "data")
     damage(runs, data)
     with pytest.raises(UserError, match=why) as caught:

@@ -10,10 +10,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Generator, nn
 
 from osrm.config import TrainConfig
-from osrm.features import starts
 from osrm.moments import Moment
 from osrm.runs import needs_features, run_name
-from osrm.starts import STARTS, Problem, Start, draw
+from osrm.starts import STARTS, Problem, Start, StartConfig, draw, starts
 from osrm.subspace import contrastive_subspace, minor_subspace, random_frame
 
 D, RANK = 32, 4
@@ -102,8 +101,10 @@ def test_each_start_is_its_function_of_own_and_others():
     expected = {
         "orthogonal": random_frame(D, RANK, generator(5)),
         "analytical": minor_subspace(case.others, RANK, generator(5)),
-        "contrastive": contrastive_subspace(case.own, case.others, RANK, generator(5), 1e-2),
     }
+    expected["contrastive"] = contrastive_subspace(
+        case.own, case.others, RANK, generator(5), epsilon=1e-2
+    )
     for name, A in expected.items():
         assert torch.equal(draw(name, case, generator(5)), A.float())
 
@@ -195,6 +196,9 @@ def test_a_new_start_is_a_row(monkeypatch):
     config = TrainConfig(init="last")
     assert needs_features(config) and "-last-" in run_name(config)
     moments = {task: {"w": Moment.of(inputs(i, n=i))} for i, task in enumerate("abc", start=1)}
-    found = starts("last", ["a", "b"], {"w": D}, RANK, 0, moments, {"w": "w"}, ["a", "b", "c"])
+    found = starts(
+        *(StartConfig("last"), {"w": (RANK, D)}, "ab"),
+        **{"features": moments, "leaders": {"w": "w"}, "others": "abc"},
+    )
     assert torch.equal(found["a"]["w"], 5 * torch.eye(D)[-RANK:])
     assert torch.equal(found["b"]["w"], 4 * torch.eye(D)[-RANK:])

@@ -2,8 +2,9 @@
 
 import json
 import re
-import subprocess
+import shutil
 import sys
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import mean, stdev
@@ -12,8 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from osrm.glue import TASKS, GlueMetric
-from tests.test_readme import ROOT
+from osrm.glue import TASKS, task_scores
+from tests.conftest import ROOT, Forked
 
 sys.path.insert(0, str(ROOT / "reproduce"))
 
@@ -47,12 +48,7 @@ def test_scores_of_resamples_are_glues_on_each_of_them(task, kind):
     drawn = np.stack([np.arange(N), *rng.integers(0, N, (4, N))])
     found = score(task, predicted[drawn].astype(float), true[drawn].astype(float))
     for value, each in zip(found, drawn, strict=True):
-        kind_of = int if labels else float
-        arguments = {
-            "predictions": predicted[each].astype(kind_of),
-            "references": true[each].astype(kind_of),
-        }
-        expected = GlueMetric(task).compute(**arguments)[TASKS[task].score]
+        expected = task_scores(TASKS[task], predicted[each], true[each])[TASKS[task].score]
         assert value == pytest.approx(expected, abs=1e-6)
 
 
@@ -173,10 +169,7 @@ def write_run(directory: Path, run: str, seed: int, quality: float, names=NAMES)
         for row in ROWS:
             right = rng.random(N) < quality - 0.1 * (row == "task_arithmetic")
             columns[row] = np.where(right, values, 1 - values)
-            kind = int if TASKS[task].labels else float
-            found = GlueMetric(task).compute(
-                predictions=columns[row].astype(kind), references=values.astype(kind)
-            )
+            found = task_scores(TASKS[task], columns[row], values)
             scores[row][task] = found[TASKS[task].score]
         parts.append(pd.DataFrame(columns))
     size = len(names)
@@ -219,15 +212,23 @@ def write_run(directory: Path, run: str, seed: int, quality: float, names=NAMES)
     pd.concat(parts).to_parquet(folder / f"{seed}.parquet")
 
 
-@pytest.fixture
-def results(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
     for seed in (1, 2, 3):
         for run, quality in (("gaussian", 0.6), ("analytical", 0.9), ("contrastive", 0.9)):
-            write_run(tmp_path / "mine", run, seed, quality)
-        write_run(tmp_path / "mine", "analytical+k10", seed, 0.6)
-        write_run(tmp_path / "mine", "gaussian+2tasks", seed, 0.6, NAMES[:2])
-        write_run(tmp_path / "mine", "analytical+2tasks", seed, 0.6, NAMES[:2])
-    return tmp_path / "mine"
+            write_run(folder, run, seed, quality)
+        write_run(folder, "analytical+k10", seed, 0.6)
+        write_run(folder, "gaussian+2tasks", seed, 0.6, NAMES[:2])
+        write_run(folder, "analytical+2tasks", seed, 0.6, NAMES[:2])
+    return folder
+
+
+@pytest.fixture
+def results(written, tmp_path, monkeypatch) -> Path:
+    """A copy to change; a quarter of the resamples is enough for its verdicts."""
+    monkeypatch.setattr("study.example_resamples", partial(example_resamples, resamples=500))
+    return Path(shutil.copytree(written, tmp_path / "mine"))
 
 
 class Page(HTMLParser):
@@ -266,36 +267,34 @@ def test_the_page_needs_nothing_else_and_says_what_its_pictures_show(results):
     assert "some-model" in html and "viewport" in html and "@media print" in html
 
 
-def test_the_readme_shows_the_tables_of_its_results_between_the_markers(results, tmp_path):
-    readme = tmp_path / "README.md"
+def test_a_page_shows_the_tables_of_its_results_between_the_markers(results, tmp_path):
+    page = tmp_path / "evidence.md"
     begin, end = (
         f"<!-- {each} of reproduce/results/{results.name} -->" for each in ("begin", "end")
     )
-    readme.write_text(f"# Mine\n\n{begin}\nold\n{end}\n")
+    page.write_text(f"# Mine\n\n{begin}\nold\n{end}\n")
     for _ in range(2):  # what stands there is replaced
-        report.write(results, readme)
-        text = readme.read_text()
+        report.write(results, page)
+        text = page.read_text()
         study = Study(results)
         shown = [claims.claim_table(study), tables.main_table(study)]
         shown.append(tables.task_table(study, "individual"))
         for head, *lines in shown:
-            assert (
-                text.count(report.markdown([head, ["---", *["---:"] * (len(head) - 1)], *lines]))
-                == 1
-            )
+            assert text.count(report.markdown(pd.DataFrame(lines, columns=head))) == 1
         assert text.startswith("# Mine\n") and "old" not in text
         assert text.endswith(f"{end}\n")
-    readme.write_text("# Mine\n")
+    page.write_text("# Mine\n")
     with pytest.raises(report.UserError, match="has no line"):
-        report.write(results, readme)
-    assert readme.read_text() == "# Mine\n"
+        report.write(results, page)
+    assert page.read_text() == "# Mine\n"
 
 
-def test_the_readme_has_the_tables_of_the_committed_results():
+def test_the_manual_has_the_tables_of_the_committed_results():
     """Those without intervals made anew; the others as the report has them."""
     directory = ROOT / "reproduce" / "results" / "embedded"
     begin, end = (f"<!-- {each} of reproduce/results/embedded -->" for each in ("begin", "end"))
-    shown = (ROOT / "README.md").read_text().split(begin)[1].split(end)[0]
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    shown = page.split(begin)[1].split(end)[0]
     kept = (directory / "report.md").read_text()
     assert all(part in kept for part in shown.strip().split("\n\n"))
     study = Study(directory)
@@ -438,13 +437,7 @@ def test_one_run_alone_gives_a_page(tmp_path):
 
 
 def test_no_results_are_one_line(tmp_path):
-    found = subprocess.run(
-        [sys.executable, "reproduce/report.py", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 2 and "run the study first" in found.stderr
-    assert found.stderr.count("\n") == 1
+    code, output = Forked(tmp_path / "printed", "reproduce/report.py", tmp_path).wait()
+    assert code == 2 and "run the study first" in output
+    assert output.count("\n") == 1
     assert report.VARIED.keys() | {"tasks"} == tables.QUESTIONS.keys()

@@ -226,7 +226,10 @@ FORMS = {
 def test_same_seed_same_frame_bit_for_bit(form):
     minor = [minor_subspace(FORMS[form], 8, generator(seed)) for seed in (6, 6, 7)]
     own = Moment.of(few_vectors(seed=4, n=80))
-    both = [contrastive_subspace(own, FORMS[form], 8, generator(seed), 0.1) for seed in (6, 6, 7)]
+    both = [
+        contrastive_subspace(own, FORMS[form], 8, generator(seed), epsilon=0.1)
+        for seed in (6, 6, 7)
+    ]
     for first, second, other in (minor, both):
         assert torch.equal(first, second)
         assert not torch.equal(first, other)
@@ -277,9 +280,9 @@ def test_no_energy_at_all(nothing, rank):
     some = Moment.of(torch.randn(50, 32, generator=generator(1)))
     for draw in (
         lambda seed: minor_subspace(nothing, rank, generator(seed)),
-        lambda seed: contrastive_subspace(nothing, nothing, rank, generator(seed), 0.1),
-        lambda seed: contrastive_subspace(nothing, some, rank, generator(seed), 0.1),
-        lambda seed: contrastive_subspace(some, nothing, rank, generator(seed), 0.1),
+        lambda seed: contrastive_subspace(nothing, nothing, rank, generator(seed), epsilon=0.1),
+        lambda seed: contrastive_subspace(nothing, some, rank, generator(seed), epsilon=0.1),
+        lambda seed: contrastive_subspace(some, nothing, rank, generator(seed), epsilon=0.1),
     ):
         assert_orthonormal(draw(0))
         assert not torch.equal(draw(0), draw(1))
@@ -321,7 +324,8 @@ PAIRS = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_contrastive_is_the_top_of_the_generalised_eigenproblem(name, epsilon, d, rank):
     own, others = (moment_of(np.sort(each(d)), seed) for seed, each in enumerate(PAIRS[name]))
-    A = contrastive_subspace(statistic(own), statistic(others, 9), rank, generator(), epsilon)
+    moments = statistic(own), statistic(others, 9)
+    A = contrastive_subspace(*moments, rank, generator(), epsilon=epsilon)
     assert A.shape == (rank, d)
     assert_orthonormal(A)
     values, vectors = top(own, others, epsilon, rank)
@@ -334,7 +338,7 @@ def test_contrastive_is_the_top_of_the_generalised_eigenproblem(name, epsilon, d
 @pytest.mark.parametrize("name", PAIRS)
 def test_no_random_frame_has_a_larger_ratio(name, epsilon):
     own, others = (moment_of(np.sort(each(24)), seed) for seed, each in enumerate(PAIRS[name]))
-    A = contrastive_subspace(statistic(own), statistic(others), 5, generator(), epsilon)
+    A = contrastive_subspace(statistic(own), statistic(others), 5, generator(), epsilon=epsilon)
     best = ratio(A, own, others, epsilon)
     near = [A + 1e-3 * random_frame(24, 5, generator(seed)) for seed in range(100)]
     far = [random_frame(24, 5, generator(seed)) for seed in range(200)]
@@ -344,13 +348,13 @@ def test_no_random_frame_has_a_larger_ratio(name, epsilon):
 def test_own_and_others_are_not_alike():
     """One direction each: the own one is taken, the others' is left."""
     own, others = (moment_of([0.0] * 23 + [1.0], seed) for seed in (0, 1))
-    A = contrastive_subspace(statistic(own), statistic(others), 1, generator(), 1e-3)
+    A = contrastive_subspace(statistic(own), statistic(others), 1, generator(), epsilon=1e-3)
     assert energy(A, own) > 100 * energy(A, others)
 
 
 def test_a_huge_epsilon_leaves_the_principal_components_of_the_own_features():
     own, others = moment_of(SPECTRA["linear"](24), 0), moment_of(SPECTRA["one outlier"](24), 1)
-    A = contrastive_subspace(statistic(own), statistic(others), 4, generator(), 1e9)
+    A = contrastive_subspace(statistic(own), statistic(others), 4, generator(), epsilon=1e9)
     principal = torch.from_numpy(scipy.linalg.eigh(own.numpy())[1][:, -4:].copy()).T
     assert cosines(A, principal).min() > 1 - 1e-8
 
@@ -360,7 +364,7 @@ def test_a_tiny_epsilon_leaves_the_top_own_energy_in_the_null_space_of_the_other
     rows = torch.randn(14, 24, generator=generator(3))
     others = Moment.of(rows) if form == "vectors" else statistic(second_moment(rows))
     own = moment_of(SPECTRA["linear"](24))
-    A = contrastive_subspace(statistic(own), others, 4, generator(), 1e-8)
+    A = contrastive_subspace(statistic(own), others, 4, generator(), epsilon=1e-8)
     null = torch.from_numpy(scipy.linalg.null_space(rows.double().numpy()).copy())
     inside = scipy.linalg.eigh((null.T @ own @ null).numpy())[1][:, -4:].copy()
     assert energy(A, second_moment(rows)) < 1e-12 * others.mean_energy
@@ -369,21 +373,22 @@ def test_a_tiny_epsilon_leaves_the_top_own_energy_in_the_null_space_of_the_other
 
 def test_against_isotropic_others_it_is_the_principal_components():
     own = moment_of(SPECTRA["k^-1.5"](48))
-    A = contrastive_subspace(statistic(own), Moment(1, torch.eye(48).double()), 4, generator(), 0.1)
+    isotropic = Moment(1, torch.eye(48).double())
+    A = contrastive_subspace(statistic(own), isotropic, 4, generator(), epsilon=0.1)
     assert energy(A, own) == pytest.approx(float(SPECTRA["k^-1.5"](48)[:4].sum()), rel=1e-9)
 
 
 def test_isotropic_own_features_leave_the_least_energy_of_the_others():
     others = statistic(moment_of(SPECTRA["linear"](48)))
     own = Moment(1, torch.eye(48).double())
-    A = contrastive_subspace(own, others, 4, generator(), 0.1)
+    A = contrastive_subspace(own, others, 4, generator(), epsilon=0.1)
     assert cosines(A, minor_subspace(others, 4, generator(1))).min() > 1 - 1e-8
 
 
 @pytest.mark.parametrize("d", [32, 200])
 def test_isotropic_own_and_others_leave_everything_free(d):
     same = Moment(1, torch.eye(d).double())
-    first, second = (contrastive_subspace(same, same, 4, generator(s), 0.1) for s in (0, 1))
+    first, second = (contrastive_subspace(same, same, 4, generator(s), epsilon=0.1) for s in (0, 1))
     assert_orthonormal(first)
     assert np.median(cosines(first, second)) < 0.7
 
@@ -398,7 +403,7 @@ def test_fewer_own_vectors_than_rank(n, form):
     rows, other_rows = few_vectors(seed=0, n=n), few_vectors(seed=1, n=100)
     own = Moment.of(rows) if form == "vectors" else statistic(second_moment(rows))
     others = Moment.of(other_rows)
-    A = contrastive_subspace(own, others, 8, generator(), 1e-2)
+    A = contrastive_subspace(own, others, 8, generator(), epsilon=1e-2)
     assert_orthonormal(A)
     _, vectors = top(second_moment(rows), second_moment(other_rows), 1e-2, n)
     assert cosines(A, vectors).min() > 1 - 1e-8
@@ -415,7 +420,7 @@ def test_fewer_own_vectors_than_rank(n, form):
 def test_contrastive_of_few_vectors_and_of_their_sums(few):
     own = few_vectors(seed=0, n=20 if few in ("own", "both") else 90)
     others = few_vectors(seed=1, n=30 if few in ("others", "both") else 90)
-    A = contrastive_subspace(Moment.of(own), Moment.of(others), 4, generator(), 1e-2)
+    A = contrastive_subspace(Moment.of(own), Moment.of(others), 4, generator(), epsilon=1e-2)
     _, vectors = top(second_moment(own), second_moment(others), 1e-2, 4)
     assert cosines(A, vectors).min() > 1 - 1e-8
 
@@ -423,9 +428,9 @@ def test_contrastive_of_few_vectors_and_of_their_sums(few):
 @pytest.mark.parametrize("scale", [1e-20, 1e-3, 1e6])
 def test_the_ratio_knows_no_units(scale):
     own, others = moment_of(SPECTRA["linear"](24), 0), moment_of(SPECTRA["k^-1.5"](24), 1)
-    A = contrastive_subspace(statistic(own), statistic(others), 4, generator(), 1e-2)
+    A = contrastive_subspace(statistic(own), statistic(others), 4, generator(), epsilon=1e-2)
     for each in ((own * scale, others), (own, others * scale)):
-        scaled = contrastive_subspace(*map(statistic, each), 4, generator(), 1e-2)
+        scaled = contrastive_subspace(*map(statistic, each), 4, generator(), epsilon=1e-2)
         assert cosines(A, scaled).min() > 1 - 1e-10
 
 
@@ -436,7 +441,7 @@ def test_the_ratio_knows_no_units(scale):
 def test_epsilon_that_is_not_above_zero(epsilon):
     moment = Moment(1, torch.eye(4).double())
     with pytest.raises(ValueError, match=r"epsilon .* is not above 0"):
-        contrastive_subspace(moment, moment, 2, generator(), epsilon)
+        contrastive_subspace(moment, moment, 2, generator(), epsilon=epsilon)
 
 
 @pytest.mark.parametrize("rank", [0, -1, 5])
@@ -445,7 +450,7 @@ def test_rank_outside_the_layer(rank):
         with pytest.raises(ValueError, match=rf"rank {rank} is not in 1\.\.4"):
             minor_subspace(moment, rank, generator())
         with pytest.raises(ValueError, match=rf"rank {rank} is not in 1\.\.4"):
-            contrastive_subspace(moment, moment, rank, generator(), 0.1)
+            contrastive_subspace(moment, moment, rank, generator(), epsilon=0.1)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -458,7 +463,7 @@ def test_moment_that_is_not_finite(value, n):
         minor_subspace(bad, 2, generator())
     for own, others in ((bad, good), (good, bad)):
         with pytest.raises(ValueError, match="NaN or infinity"):
-            contrastive_subspace(own, others, 2, generator(), 0.1)
+            contrastive_subspace(own, others, 2, generator(), epsilon=0.1)
 
 
 # -- frames without a preference ---------------------------------------------------------------

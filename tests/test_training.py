@@ -13,33 +13,15 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from osrm.adapters import add_lora, read_adapter
 from osrm.backbones import find_backbone, load_model, load_tokenizer, projections
 from osrm.commands.train import train
-from osrm.config import TrainConfig
+from osrm.data import tokenize
 from osrm.evaluation import predict
-from osrm.glue import TASKS, tokenize
+from osrm.glue import TASKS
 from osrm.runs import run_dir
 from osrm.training import enable_checkpointing
-from tests.conftest import make_examples, write_data
+from tests.conftest import make_examples, small, write_data
 
 FAMILIES = ["roberta", "t5", "llama"]
 LABELS = TASKS["rte"].labels
-
-
-def small(tiny, tiny_data, out, family="roberta", **more):
-    """A run of seconds on a tiny random model."""
-    return TrainConfig(
-        **{
-            "backbone": str(tiny[family]),
-            "data_dir": str(tiny_data),
-            "output_dir": str(out),
-            "tasks": ["rte", "sst2"],
-            "rank": 2,
-            "alpha": 4,
-            "epochs": 2,
-            "lr": 1e-2,
-            "per_device_train_bsz": 16,
-            **more,
-        }
-    )
 
 
 def with_lora(directory):
@@ -123,8 +105,8 @@ def test_a_run_leaves_everything_that_it_should(tiny, tiny_data, tmp_path, famil
             Dataset.from_list(make_examples(task, 9, seed=5)), TASKS[task], tokenizer, 32
         )
         base.config.pad_token_id = dense.config.pad_token_id
-        through_peft, _ = predict(peft, data, tokenizer, 4, "peft")
-        through_dense, _ = predict(dense, data, tokenizer, 4, "dense")
+        through_peft, _ = predict(peft, data, tokenizer, 4, title="peft")
+        through_dense, _ = predict(dense, data, tokenizer, 4, title="dense")
         np.testing.assert_allclose(through_peft, through_dense, rtol=1e-4, atol=1e-5)
 
 
@@ -151,7 +133,7 @@ def test_orthonormal_start_and_a_seed_for_each_task(tiny, tiny_data, tmp_path):
 
 def test_only_osrm_looks_at_features(tiny, tiny_data, tmp_path, monkeypatch):
     """Detail 16."""
-    monkeypatch.setattr("osrm.features.collect", lambda *_: pytest.fail("features"))
+    monkeypatch.setattr("osrm.bank.collect", lambda *_: pytest.fail("features"))
     train(small(tiny, tiny_data, tmp_path, init="gaussian", epochs=1, tasks=["rte"]))
 
 

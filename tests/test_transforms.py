@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from osrm.adapters import read_adapter
+from osrm.bank import FeatureFile
 from osrm.checkpoints import checksum
 from osrm.commands.train import train
 from osrm.config import TrainConfig
-from osrm.features import FeatureFile
 from osrm.glue import TASKS
-from osrm.moments import Moment, without
+from osrm.moments import Moment, own_and_others
 from osrm.runs import run_dir
 from osrm.task_vectors import LoraPair
 from osrm.transforms import factorised, nullify, uniform
@@ -44,13 +44,17 @@ def loss(filtered, kappa, B=B):
     return float(change + kappa * (OTHERS @ filtered.double().T @ B.T).square().sum(1).mean())
 
 
+def filtered(A, own, others, kappa, epsilon=1e-12):
+    return nullify(A, own, others, kappa=kappa, epsilon=epsilon)
+
+
 @pytest.mark.parametrize("kappa", [0.1, 1.0, 30.0])
 def test_nullify_is_least_squares(kappa):
     """An independent oracle: one stacked regression, √κ times the others' vectors to zero."""
     X = np.concatenate([OWN / len(OWN) ** 0.5, (kappa / len(OTHERS)) ** 0.5 * OTHERS])
     Y = np.concatenate([OWN @ A.T / len(OWN) ** 0.5, np.zeros((len(OTHERS), RANK))])
     expected = np.linalg.lstsq(X, Y, rcond=None)[0].T
-    np.testing.assert_allclose(nullify(A, *MOMENTS, kappa, 1e-12), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(filtered(A, *MOMENTS, kappa), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_directions_that_no_feature_has_stay_as_they_were():
@@ -58,17 +62,17 @@ def test_directions_that_no_feature_has_stay_as_they_were():
     axes = torch.linalg.qr(gaussian(D, D, seed=7))[0]
     seen, unseen = axes[:10], axes[10:]
     own, others = (Moment.of(gaussian(60, 10, seed=seed) @ seen) for seed in (8, 9))
-    found = nullify(A, own, others, 1.0, 1e-2).double()
+    found = filtered(A, own, others, 1.0, 1e-2).double()
     torch.testing.assert_close(found @ unseen.T, A @ unseen.T, rtol=1e-4, atol=1e-5)
     hair = Moment.of(gaussian(60, 10, seed=8) @ seen + 1e-6 * gaussian(60, 2, seed=6) @ unseen)
-    found = nullify(A, hair, others, 1.0, 1e-2).double()
+    found = filtered(A, hair, others, 1.0, 1e-2).double()
     torch.testing.assert_close(found @ unseen.T, A @ unseen.T, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("kappa", [0.1, 1.0, 30.0])
 def test_no_other_filter_does_better_for_any_B(kappa):
     """Among them, taking the others' dominant directions out of A, as many as you like."""
-    best = nullify(A, *MOMENTS, kappa, 1e-12)
+    best = filtered(A, *MOMENTS, kappa)
     _, _, axes = torch.linalg.svd(OTHERS, full_matrices=False)
     projected = [A - A @ axes[:k].T @ axes[:k] for k in range(D + 1)]
     nearby = [best.double() + 1e-2 * gaussian(RANK, D, seed=seed) for seed in range(20)]
@@ -79,11 +83,11 @@ def test_no_other_filter_does_better_for_any_B(kappa):
 
 
 def test_nullify_at_its_ends():
-    torch.testing.assert_close(nullify(A, *MOMENTS, 0.0, 1e-12).double(), A, rtol=1e-5, atol=1e-6)
-    everywhere = nullify(A, *MOMENTS, 1e9, 1e-12).double()
+    torch.testing.assert_close(filtered(A, *MOMENTS, 0.0).double(), A, rtol=1e-5, atol=1e-6)
+    everywhere = filtered(A, *MOMENTS, 1e9).double()
     assert everywhere.norm() < 1e-4 * A.norm()
     few = Moment.of(OTHERS[:4])  # the others leave eight directions free
-    spared = nullify(A, MOMENTS[0], few, 1e9, 1e-12).double()
+    spared = filtered(A, MOMENTS[0], few, 1e9).double()
     assert (OTHERS[:4] @ spared.T).norm() < 1e-4 * (OTHERS[:4] @ A.T).norm()
     assert spared.norm() > 0.1 * A.norm()
 
@@ -94,10 +98,9 @@ def test_the_sum_of_nullified_updates_is_the_regmean_merge():
     pairs = {
         t: (gaussian(RANK, D, seed=i), gaussian(5, RANK, seed=i + 9)) for i, t in enumerate(NAMES)
     }
-    total = Moment.of(torch.cat([rows(seed) for seed in range(10, 13)]))
     found = sum(
-        B @ nullify(A, moments[t], without(total, moments, t), len(NAMES) - 1, 1e-12).double()
-        for t, (A, B) in pairs.items()
+        pairs[task][1] @ filtered(pairs[task][0], own, others, len(NAMES) - 1).double()
+        for task, own, others in own_and_others(moments, NAMES, NAMES)
     )
     grams = [moments[task].gram for task in NAMES]
     expected = sum(B @ A @ G for (A, B), G in zip(pairs.values(), grams)) @ torch.linalg.inv(
@@ -108,9 +111,9 @@ def test_the_sum_of_nullified_updates_is_the_regmean_merge():
 
 def test_statistics_without_energy():
     nothing = Moment.of(torch.zeros(3, D))
-    torch.testing.assert_close(nullify(A, nothing, nothing, 1.0, 1e-2).double(), A)
+    torch.testing.assert_close(filtered(A, nothing, nothing, 1.0, 1e-2).double(), A)
     torch.testing.assert_close(
-        nullify(A, MOMENTS[0], nothing, 1.0, 1e-2).double(), A, rtol=1e-5, atol=1e-6
+        filtered(A, MOMENTS[0], nothing, 1.0, 1e-2).double(), A, rtol=1e-5, atol=1e-6
     )
 
 

@@ -1,14 +1,12 @@
-"""Scores of merges: each task with its own head, on data of its own; and the choice of λ."""
+"""Scores of merges, each task with its own head, on its own data; and --diagnose."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,173 +14,84 @@ from datasets import Dataset
 from torch import Tensor
 
 from osrm import report
-from osrm.adapters import applied, load_head
-from osrm.backbones import Backbone, find_backbone, load_model, load_tokenizer
-from osrm.checkpoints import Checkpoint, check_fits
+from osrm.adapters import CONFIG, read_adapter
+from osrm.backbones import find_backbone, load_tokenizer
+from osrm.checkpoints import Checkpoint
+from osrm.commands.inputs import Inputs
+from osrm.commands.merger import Merger
 from osrm.config import MergeConfig, TrainConfig
+from osrm.data import TaskData, fingerprint, load_task, split_task, validation_splits
 from osrm.errors import UserError
-from osrm.evaluation import Predictions, predict_splits, scores
-from osrm.glue import TASKS, fingerprint, load_task, split_task, tokenize, validation_splits
+from osrm.evaluation import Predictions, scores
+from osrm.files import write_json, write_text
+from osrm.glue import TASKS
+from osrm.interference import diagnose
+from osrm.lending import applied, linear_weight
+from osrm.measure import peak_memory, reset_peak_memory
 from osrm.merged import MergedUpdate
 from osrm.merging import METHODS, row
-from osrm.runs import peak_memory, reset_peak_memory, write_json, write_text
-from osrm.task_vectors import TaskVectors, dense
-
-if TYPE_CHECKING:
-    from osrm.commands.merge import Inputs, Merger, Search
+from osrm.records import RESULTS, Results, Row, record
+from osrm.session import Session
+from osrm.task_vectors import LoraPair, TaskVectors, deltas
 
 logger = logging.getLogger(__name__)
 
 RowPredictions = dict[str, dict[str, Predictions]]
 """{row of the table: {task: its predictions}}"""
 
-Splits = dict[str, dict[str, Dataset]]
-"""{task: {suffix of the metrics: tokenised examples}}"""
+DIAGNOSED = 100
+"""The examples of each task that --diagnose measures on."""
 
 
-def score_all(
-    evaluation: Evaluation,
-    merger: Merger,
-    methods: Mapping[str, dict[str, Any]],
-    search: Mapping[str, Search],
-) -> None:
-    """Score every merge; write results.json, tables and plots beside them."""
-    directory = merger.directory
-    reset_peak_memory()
-    predictions = evaluate_all(evaluation, merger.inputs, directory, [*methods])
-    peak = peak_memory(evaluation.device.type)
-    logger.info("evaluation: peak memory %.2f GiB", peak)
-    prediction_table(predictions).to_parquet(directory / "predictions.parquet", compression="zstd")
-    metrics = {
-        row: {task: scores(TASKS[task], found) for task, found in by_task.items()}
-        for row, by_task in predictions.items()
-    }
-    for method in methods:
-        merger.costs[method]["kept"] = kept(merger.inputs.vectors, directory / method)
-    results = {
-        "init": common_init(merger.inputs),
-        "backbone": merger.inputs.backbone,
-        "rows": report.rows(metrics, methods, merger.costs),
-        "search": search,
-        "evaluation": evaluation.settings,
-        "evaluation_peak_gib": peak,
-        **merger.recipe,
-    }
-    write_json(directory / "results.json", results)
-    write_text(
-        directory / "results.md", report.table([results]) + "\n" + report.cost_table(results)
-    )
-    report.write_csv(results, directory / "results.csv")
-    report.plot([results], directory / "results.png")
-    report.plot_tasks(results, directory / "tasks.png")
-    if search:
-        report.plot_search(search, directory / "search.png")
+def open_session(
+    config: MergeConfig, inputs: Inputs, methods: Iterable[str]
+) -> tuple[Session, dict[str, dict[str, Any]]]:
+    """Load the tokenizer, and the data of all tasks, and check the data.
 
-
-def kept(vectors: TaskVectors, merged: Path) -> float:
-    """⟨received, own⟩ / ‖own‖² of the tasks' updates, mean over the tasks."""
-    saved = MergedUpdate(merged, vectors.tasks[0])
-    products = torch.zeros(2, len(vectors.tasks), dtype=torch.float64)
-    for module in vectors:
-        part = saved.part(module)
-        for task, delta in enumerate(vectors[module]):
-            products[0, task] += (row(part, task) * delta).sum(dtype=torch.float64)
-            products[1, task] += delta.square().sum(dtype=torch.float64)
-    return float((products[0] / products[1]).nanmean())
-
-
-def common_init(inputs: Inputs) -> str:
-    """The start of A that the runs had; it names them in the table."""
-    inits = {each.args.get("init", "adapters") for each in inputs.checkpoints.values()}
-    return inits.pop() if len(inits) == 1 else "mixed starts"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """All that the scoring needs, loaded and checked before anything is merged."""
-
-    backbone: Backbone
-    tokenizer: Any
-    settings: dict[str, dict[str, Any]]
-    """{task: data and settings}: the flags, else the run's own args.json."""
-    reported: Splits
-    held_out: Splits
-    """What chooses λ; empty without --search."""
-    train: dict[str, Dataset]
-    """{task: training examples} for RegMean and Fisher; empty without them."""
-    count_padding: bool
-    dtype: torch.dtype
-    """Of the model that is evaluated."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where models are evaluated."""
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def model(self, task: str) -> Any:
-        """The pre-trained model with a new head for the task."""
-        labels = TASKS[task].labels
-        return load_model(self.backbone, labels, self.tokenizer, self.dtype).to(self.device)
-
-    def predict(self, model: Any, task: str, splits: Splits, title: str) -> Predictions:
-        """What a model with the task's head predicts on the task's part of `splits`."""
-        batch_size = self.settings[task]["batch_size"]
-        return predict_splits(model, TASKS[task], splits[task], self.tokenizer, batch_size, title)
-
-
-def prepare(config: MergeConfig, inputs: Inputs, methods: Iterable[str]) -> Evaluation:
-    """Load tokenizer and data, and see that every update and head fits the base model.
-
-    Raises:
-        UserError: no such model or data; an update or head of another model; see `held_out_part`.
+    Returns:
+        the session, and {task: data and settings of its scores}: the flags, else its args.json
     """
     backbone = find_backbone(inputs.backbone or "")
     tokenizer = load_tokenizer(backbone)
-    defaults = {each.name: each.default for each in fields(TrainConfig)}
-    defaults["data_dir"] = backbone.data_dir
-    settings, reported, held_out, train = {}, {}, {}, {}
-    trains = any(METHODS[name].needs for name in methods)
+    fallback = {**vars(TrainConfig()), "data_dir": backbone.data_dir}
+    flags = {"data_dir": config.data_dir, "max_test_samples": config.max_test_samples}
+    given = {name: value for name, value in flags.items() if value is not None}
+    learns = any(METHODS[name].needs for name in methods)
+    data: dict[str, TaskData] = {}
+    settings: dict[str, dict[str, Any]] = {}
     for name, checkpoint in inputs.checkpoints.items():
-        names = ("data_dir", "max_seq_len", "max_test_samples", "seed")
-        chosen = {each: checkpoint.args.get(each, defaults[each]) for each in names}
-        for each in ("data_dir", "max_test_samples"):
-            if getattr(config, each) is not None:
-                chosen[each] = getattr(config, each)
-        settings[name] = {
-            **chosen,
-            "batch_size": config.per_device_eval_bsz,
-            "dtype": config.eval_dtype,
-        }
-        loaded = load_task(
-            TASKS[name], chosen["data_dir"], validation_only=not (config.search or trains)
-        )
-        splits = validation_splits(loaded, chosen["max_test_samples"], chosen["seed"])
-        encode = partial(
-            tokenize, task=TASKS[name], tokenizer=tokenizer, max_seq_len=chosen["max_seq_len"]
-        )
-        reported[name] = {suffix: encode(split) for suffix, split in splits.items()}
+        known = {**fallback, **checkpoint.args, **given}
+        fields = ("data_dir", "max_seq_len", "max_test_samples", "seed")
+        chosen = {field: known[field] for field in fields}
+        only = not (config.search or learns)
+        loaded = load_task(TASKS[name], chosen["data_dir"], validation_only=only)
+        reported = validation_splits(loaded, chosen["max_test_samples"], chosen["seed"])
+        chosen |= {"batch_size": config.per_device_eval_bsz, "dtype": config.eval_dtype}
+        train = selection = reported[""].select([])
         if config.search:
-            part = held_out_part(name, checkpoint, loaded)
-            settings[name]["held_out_examples"] = len(part)
-            held_out[name] = {"": encode(part)}
-        if trains:
-            settings[name]["statistics_examples"] = config.max_num_samples
-            most = config.max_num_samples
-            train[name] = encode(split_task(loaded, chosen["seed"], max_train=most).train)
-    evaluation = Evaluation(
-        *(backbone, tokenizer, settings, reported, held_out, train, config.count_padding),
+            selection = held_out_part(name, checkpoint, loaded)
+            chosen["held_out_examples"] = len(selection)
+        if learns:
+            train = split_task(loaded, chosen["seed"], max_train=config.max_num_samples).train
+            chosen["statistics_examples"] = config.max_num_samples
+        data[name], settings[name] = TaskData(train, selection, reported), chosen
+    session = Session(
+        backbone,
+        tokenizer,
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         getattr(torch, config.eval_dtype),
+        seed=0,  # of new heads; each task's own replaces them
+        batch_size=config.per_device_eval_bsz,
+        max_seq_len={name: chosen["max_seq_len"] for name, chosen in settings.items()},
+        data=data,
     )
-    for name, checkpoint in inputs.checkpoints.items():
-        check_fits(checkpoint, evaluation.model(name))
-    return evaluation
+    return session, settings
 
 
 def held_out_part(task: str, checkpoint: Checkpoint, loaded: Mapping[str, Dataset]) -> Dataset:
     """The examples that selected the run's best epoch: neither trained on nor reported.
 
-    Raises:
-        UserError: there are none, or nothing proves that they are the ones.
+    Raises UserError if there are none, or nothing proves that they are the ones.
     """
     match checkpoint.args:
         case {"select_on": "validation"}:
@@ -205,107 +114,95 @@ def held_out_part(task: str, checkpoint: Checkpoint, loaded: Mapping[str, Datase
     raise UserError(f"--search, task '{task}': {checkpoint.path}: {why}; give --scale instead")
 
 
-def search_knobs(
-    config: MergeConfig,
-    evaluation: Evaluation,
-    merger: Merger,
-    methods: Mapping[str, dict[str, Any]],
-) -> dict[str, Search]:
-    """The λ, and density, of each method that has them, by the average score on held-out data.
+def predict_all(session: Session, merger: Merger) -> RowPredictions:
+    """Predict with the base model, each task's own update and every merge, and the task's head.
 
-    Each density is merged once, with λ = 1: updates are linear in λ. `methods` are merged already;
-    the directory of one holds its last candidate afterwards.
+    One model is in memory at a time; it gets one update after the other.
     """
-    grid = sorted(set(config.search))
-    best: dict[str, Search] = {}
-    densities: list[float] | list[None] = sorted(set(config.search_density)) or [None]
-    for density in densities:
-        tried: dict[str, dict[str, Any]] = {}
-        for name in methods:
-            takes = METHODS[name].knobs
-            if "scale" in takes and density is not None and "density" in takes:
-                tried[name] = {"density": density}
-            elif "scale" in takes and name not in best:
-                tried[name] = {}
-        merger.save({name: {**methods[name], **knobs} for name, knobs in tried.items() if knobs})
-        scores = {
-            task: held_out_scores(
-                evaluation, task, checkpoint.head, merger.directory, [*tried], grid
-            )
-            for task, checkpoint in merger.inputs.checkpoints.items()
-        }
-        for name, knobs in tried.items():
-            found = choose_scale(grid, {task: each[name] for task, each in scores.items()})
-            found["knobs"] = knobs
-            if name not in best or max(found["average"]) > max(best[name]["average"]):
-                best[name] = found
-    for name, found in best.items():
-        logger.info("%s: λ = %g is the best of %s on held-out data", name, found["best"], grid)
-    return best
-
-
-def held_out_scores(
-    evaluation: Evaluation,
-    task: str,
-    head: Mapping[str, Tensor],
-    merged: Path,
-    methods: list[str],
-    grid: list[float],
-) -> dict[str, list[float]]:
-    """{method: one task's score with each λ}; one model is lent all the updates."""
-    model = evaluation.model(task)
-    load_head(model, head)
-    found: dict[str, list[float]] = {method: [] for method in methods}
-    memory: dict[str, Tensor] = {}
-    for method in methods:
-        for scale in grid:
-            with applied(model, MergedUpdate(merged / method, task, scale), memory):
-                title = f"{task}: {method}, λ = {scale:g}"
-                predictions = evaluation.predict(model, task, evaluation.held_out, title)
-            metrics = scores(TASKS[task], predictions)
-            found[method].append(metrics[f"eval_{TASKS[task].score}"])
-    return found
-
-
-def choose_scale(grid: list[float], scores: dict[str, list[float]]) -> Search:
-    """The λ with the best average over the tasks, the smallest of those."""
-    average = [mean(each) for each in zip(*scores.values())]
-    # Rounded: averages that are equal as fractions may differ in their last bit.
-    _, best = max(zip(average, grid), key=lambda each: (round(each[0], 12), -each[1]))
-    return {
-        "chosen_on": "held-out data",
-        "grid": grid,
-        "scores": scores,
-        "average": average,
-        "best": best,
-    }
-
-
-def evaluate_all(
-    evaluation: Evaluation, inputs: Inputs, merged: Path, methods: list[str]
-) -> RowPredictions:
-    """Predict with the pre-trained body, each task's own update and every merge, and its head.
-
-    One model is in memory at a time, and lent one update after the other.
-    """
-    found: RowPredictions = {name: {} for name in ("pre-trained", "individual", *methods)}
-    for name, checkpoint in inputs.checkpoints.items():
-        model = evaluation.model(name)
-        load_head(model, checkpoint.head)
-        own = {module: dense(update) for module, update in checkpoint.updates.items()}
+    predictions: RowPredictions = {n: {} for n in ("pre-trained", "individual", *merger.methods)}
+    for name, checkpoint in merger.inputs.checkpoints.items():
+        task = TASKS[name]
+        model = session.model(task, checkpoint.head)
+        splits = session.encoded_splits(task)
         memory: dict[str, Tensor] = {}
-        for line in found:
-            update: Mapping[str, Tensor]
-            if line in methods:
-                update = MergedUpdate(merged / line, name)
-            else:
-                update = own if line == "individual" else {}
+        for line, by_task in predictions.items():
+            update: Mapping[str, Tensor] = {}
+            if line in merger.methods:
+                update = MergedUpdate(merger.directory / line, name)
+            elif line == "individual":
+                update = deltas(checkpoint.updates)
             with applied(model, update, memory):
-                found[line][name] = evaluation.predict(
-                    model, name, evaluation.reported, f"{name}: {line}"
-                )
-        del model, own, memory  # or they would lie beside the next ones
-    return found
+                by_task[name] = session.predict(model, task, splits, f"{name}: {line}")
+        del model, memory  # or they would stay beside the next task's
+    return predictions
+
+
+def score_all(session: Session, merger: Merger, settings: dict[str, dict[str, Any]]) -> None:
+    """Score every merge; write results.json, predictions, tables and plots beside them."""
+    directory = merger.directory
+    reset_peak_memory()
+    predictions = predict_all(session, merger)
+    peak = peak_memory(session.device.type)
+    logger.info("evaluation: peak memory %.2f GiB", peak)
+    table = prediction_table(predictions)
+    table.to_parquet(directory / "predictions.parquet", compression="zstd")
+    for method in merger.methods:
+        merger.costs[method]["kept"] = kept(merger.inputs.vectors, directory / method)
+    # The start of A that the runs share names them in the table.
+    inits = {run.args.get("init", "adapters") for run in merger.inputs.checkpoints.values()}
+    results = Results(
+        **vars(merger.shared),
+        init=inits.pop() if len(inits) == 1 else "mixed starts",
+        rows=rows(predictions, merger),
+        search=merger.search,
+        evaluation=settings,
+        evaluation_peak_gib=peak,
+    )
+    write_json(directory / RESULTS, record(results))
+    text = report.score_table([results]) + "\n" + report.cost_table(results)
+    write_text(directory / "results.md", text)
+    report.frame(results).to_csv(directory / "results.csv", index=False, lineterminator="\r\n")
+    report.plot([results], directory / "results.png")
+    report.plot_tasks(results, directory / "tasks.png")
+    if merger.search:
+        report.plot_search(merger.search, directory / "search.png")
+
+
+def rows(predictions: RowPredictions, merger: Merger) -> list[Row]:
+    """The rows of the table, with the scores that the paper's tables show, and all metrics."""
+    metrics = {
+        name: {task: scores(TASKS[task], splits) for task, splits in by_task.items()}
+        for name, by_task in predictions.items()
+    }
+    shown = {
+        name: {task: values[f"eval_{TASKS[task].score}"] for task, values in by_task.items()}
+        for name, by_task in metrics.items()
+    }
+    own = {task: score for task, score in shown["individual"].items() if score > 0}
+    return [
+        Row(
+            name=name,
+            knobs=merger.methods.get(name, {}),
+            scores=by_task,
+            average=mean(by_task.values()),
+            normalised_average=mean(by_task[t] / own[t] for t in own) if own else None,
+            metrics=metrics[name],
+            **merger.costs.get(name, {}),
+        )
+        for name, by_task in shown.items()
+    ]
+
+
+def kept(vectors: TaskVectors, merged: Path) -> float:
+    """⟨received, own⟩ / ‖own‖² of the tasks' updates, mean over the tasks."""
+    update = MergedUpdate(merged, vectors.tasks[0])
+    products = torch.zeros(2, len(vectors.tasks), dtype=torch.float64)
+    for module in vectors:
+        part = update.part(module)
+        for task, delta in enumerate(vectors[module]):
+            products[0, task] += (row(part, task) * delta).sum(dtype=torch.float64)
+            products[1, task] += delta.square().sum(dtype=torch.float64)
+    return float((products[0] / products[1]).nanmean())
 
 
 def prediction_table(predictions: RowPredictions) -> pd.DataFrame:
@@ -317,7 +214,39 @@ def prediction_table(predictions: RowPredictions) -> pd.DataFrame:
     for task, splits in predictions["individual"].items():
         for suffix, (_, true) in splits.items():
             columns = {"task": task, "split": suffix, "example": range(len(true)), "label": true}
-            columns |= {row: by_task[task][suffix][0] for row, by_task in predictions.items()}
+            columns |= {name: by_task[task][suffix][0] for name, by_task in predictions.items()}
             parts.append(pd.DataFrame(columns))
     table = pd.concat(parts, ignore_index=True)
     return table.astype(dict.fromkeys(("label", *predictions), "float32"))
+
+
+def diagnose_merges(session: Session, merger: Merger) -> None:
+    """--diagnose: how far adapters and merges shift each task's outputs, in interference.*.
+
+    Measured on the first reported examples of each task: no start of A depends on them.
+    """
+    merged, checkpoints = merger.directory, merger.inputs.checkpoints
+    model = session.model(TASKS[next(iter(checkpoints))])
+    modules = [name for name, _ in model.named_modules() if name in merger.inputs.vectors]
+    settings = {"features": "token", "count_padding": False}
+    moments, starts, updates = {}, {}, {}
+    for task, checkpoint in checkpoints.items():
+        reported = session.data[task].validation[""]
+        examples = reported.select(range(min(DIAGNOSED, len(reported))))
+        key = session.key(model, TASKS[task], examples, **settings)
+        moments[task] = session.statistics(model, modules, key, examples)
+        updates[task] = {name: checkpoint.updates[name] for name in modules}
+        if (checkpoint.path / "init_model" / CONFIG).exists():
+            before = read_adapter(checkpoint.path / "init_model")[0]
+            starts[task] = {n: pair.A for n, pair in before.items() if isinstance(pair, LoraPair)}
+    diagnosis = diagnose(
+        updates,
+        moments,
+        lambda name: linear_weight(model, name).detach().cpu().float(),
+        starts=starts,
+        merged={m: {t: MergedUpdate(merged / m, t) for t in checkpoints} for m in merger.methods},
+    )
+    write_json(merged / "interference.json", diagnosis.record())
+    write_text(merged / "interference.md", report.diagnosis_tables(diagnosis))
+    report.heat_map(diagnosis, merged / "interference.png")
+    report.layer_plot(diagnosis, merged / "interference-layers.png")

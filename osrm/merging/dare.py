@@ -1,50 +1,41 @@
 """DARE: drop entries at random and rescale the rest, then merge (Yu et al., 2024)."""
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from osrm.merging._updates import Inputs, Lazy, Part
+from osrm.merging._updates import ROWS, Inputs, Parts, Weights
 from osrm.merging.ties import ties
-
-_CHUNK = 64
-"""Rows of one draw: what falls out must not depend on how the work is cut into blocks."""
+from osrm.task_vectors import Lazy
 
 
 class Dropped(Inputs):
-    """Each entry is zero with probability `drop_rate`, the others are divided by 1 - drop_rate.
+    """Each entry is zero with probability `drop_rate`; the others are divided by 1 - drop_rate.
 
-    What is drawn depends on the seed and on the names of task and module alone, not on what else
-    is merged or in which order.
+    The draws depend on the seed and the names of task and module alone, not on order or blocks.
     """
 
     def __init__(self, updates: Inputs, drop_rate: float, seed: int) -> None:
         super().__init__(updates, updates.dtype, updates.tasks)
         self.whole, self.drop_rate, self.seed = updates, drop_rate, seed
 
-    def blocks(self, name: str) -> Iterator[tuple[slice, Float[Tensor, "task rows in"]]]:
-        """The stack, some rows at a time, with what has dropped out of it."""
-        for rows, block in self.whole.blocks(name):
-            kept = torch.stack([self._kept(task, name, rows, block[0]) for task in self.tasks])
-            yield rows, block * kept / (1 - self.drop_rate)
-
     def __getitem__(self, name: str) -> Float[Tensor, "task out in"]:
         return torch.cat([block for _, block in self.blocks(name)], 1)
 
-    def _kept(self, task: str, name: str, rows: slice, like: Tensor) -> Tensor:
-        chunks = []
-        for start in range(rows.start, rows.stop, _CHUNK):
-            text = f"{self.seed}/{task}/{name}/{start}"
-            seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-            generator = torch.Generator().manual_seed(seed)
-            size = (min(_CHUNK, rows.stop - start), like.shape[1])
-            chunks.append(torch.rand(size, generator=generator) >= self.drop_rate)
-        return torch.cat(chunks)
+    def blocks(self, name: str) -> Iterator[tuple[slice, Float[Tensor, "task rows in"]]]:
+        """The stack after the drops, in blocks of rows."""
+        for rows, block in self.whole.blocks(name):
+            kept = torch.empty(block.shape, dtype=torch.bool)
+            for task, mask in zip(self.tasks, kept, strict=True):
+                for start, entries in zip(range(rows.start, rows.stop, ROWS), mask.split(ROWS)):
+                    label = f"{self.seed}/{task}/{name}/{start}".encode()
+                    seed = int.from_bytes(hashlib.sha256(label).digest()[:8], "little")
+                    draws = torch.rand(entries.shape, generator=torch.Generator().manual_seed(seed))
+                    entries.copy_(draws >= self.drop_rate)
+            yield rows, block * kept / (1 - self.drop_rate)
 
 
 def dare_linear(
@@ -53,15 +44,15 @@ def dare_linear(
     drop_rate: float = 0.5,
     seed: int = 0,
     scale: float = 1.0,
-    weights: Sequence[float] | None = None,
-) -> Mapping[str, Part]:
-    """λ Σ_t w_t DARE(τ_t): task arithmetic of what is left."""
+    weights: Weights = None,
+) -> Parts:
+    """λ Σ_t w_t DARE(τ_t): task arithmetic after the drops; w is 1 by default."""
     dropped = Dropped(updates, drop_rate, seed)
-    given = weights or [1.0] * len(updates.tasks)
+    given = torch.tensor(weights or [1.0] * len(updates.tasks), dtype=updates.dtype)
 
     def merged(name: str) -> Float[Tensor, "out in"]:
-        factors = torch.tensor(given, dtype=updates.dtype)[:, None, None]
-        return scale * dropped.by_rows(name, lambda block: (factors * block).sum(0))
+        blocks = dropped.blocks(name)
+        return scale * torch.cat([(given[:, None, None] * block).sum(0) for _, block in blocks])
 
     return Lazy(updates, merged)
 
@@ -74,6 +65,6 @@ def dare_ties(
     density: float = 1.0,
     scale: float = 1.0,
     trim: str = "global",
-) -> Mapping[str, Part]:
-    """TIES of what is left; density 1, as in PEFT and mergekit, drops at random alone."""
+) -> Parts:
+    """TIES after the drops; by default without trimming, as in PEFT and mergekit."""
     return ties(Dropped(updates, drop_rate, seed), density=density, scale=scale, trim=trim)

@@ -1,4 +1,4 @@
-"""Fisher merging: the mean weighted by how much each entry matters (Matena and Raffel, 2022)."""
+"""Fisher merging: a mean with the Fisher information as weights (Matena and Raffel, 2022)."""
 
 from collections.abc import Mapping
 
@@ -6,22 +6,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from osrm.merging._updates import Inputs, Lazy, Part
+from osrm.merging._updates import Inputs, Parts
+from osrm.task_vectors import Lazy
 
 FLOOR = 1e-6
-"""Added to each Fisher information, so that entries that matter to nobody get the mean."""
+"""Added to the Fisher information, so that entries without any get the plain mean."""
 
 
-def fisher(
-    updates: Inputs, statistics: Mapping[str, Float[Tensor, "task out in"]]
-) -> Mapping[str, Part]:
+def fisher(updates: Inputs, statistics: Mapping[str, Float[Tensor, "task out in"]]) -> Parts:
     """Σ_t c_t F_t τ_t / Σ_t c_t F_t entry by entry, for all tasks alike.
 
-    c_t = 1 / (‖F_t‖ + 10⁻⁶) lets tasks count alike however large their gradients are, as in
-    MergeLM. The weights' mean would be W0 plus this, since the coefficients sum to one.
-
-    Args:
-        statistics: F of every module, the diagonal of each task's Fisher information.
+    F_t is the diagonal of the task's Fisher information, given in `statistics`. As in MergeLM,
+    c_t = 1 / (‖F_t‖ + 10⁻⁶), so that tasks with larger gradients do not count more.
     """
     squares = [statistics[name].square().sum((1, 2), dtype=torch.float64) for name in updates]
     norms = (torch.stack(squares).sum(0).sqrt() + FLOOR).to(updates.dtype)

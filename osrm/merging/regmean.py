@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import reduce
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from osrm.errors import UserError
-from osrm.merging._updates import Inputs, Lazy, Part
+from osrm.merging._updates import Inputs, Parts
 from osrm.moments import Moment
-from osrm.task_vectors import LoraPair
+from osrm.task_vectors import Lazy, LoraPair
 
 RIDGE = 1e-3
 
@@ -22,53 +21,44 @@ def regmean(
     *,
     ridge: float = RIDGE,
     off_diagonal: float = 1.0,
-) -> Mapping[str, Part]:
+) -> Parts:
     """argmin Σ_t E‖(ΔW - ΔW_t) h_t‖² = (Σ_t ΔW_t G_t) (Σ_t G_t)⁻¹, with G_t = E[h hᵀ] of task t.
 
-    The ridge makes G_t + δ_t I of each G_t, so that what no task has features for gets the mean
-    of the updates: adapters that share A or features leave the plain equations nearly singular.
-    Equal updates merge to themselves.
-
-    Args:
-        statistics: the moments of every module's inputs in the tasks' own models, in their order.
-        ridge: δ_t in units of the mean eigenvalue of G_t (of 1 where nothing ever enters).
-        off_diagonal: what G's entries off the diagonal are multiplied by (paper, Sec. 3.2).
-
-    Raises:
-        UserError: at a look-up, where the equations are singular, as few features without a ridge
-            make them.
+    `statistics` has the moments of every module's inputs in each task's own model. `off_diagonal`
+    scales the entries of G_t off the diagonal (paper, Sec. 3.2). `ridge` is δ_t in units of the
+    mean eigenvalue of G_t, or of 1 if this is 0. It adds δ_t I to G_t, so that directions in which
+    no task has features get the mean of the updates. A look-up refuses singular equations.
     """
 
     def merged(name: str) -> LoraPair:
-        B, A = zip(*updates.factors(name), strict=True)
+        B, A = zip(*updates.factors(name))
         weighted, total = [], torch.zeros(())
-        for right, moment in zip(A, statistics[name], strict=True):
+        for factor, moment in zip(A, statistics[name], strict=True):
             G = gram(moment, ridge, off_diagonal)
-            weighted.append(right @ G)
+            weighted.append(factor @ G)
             total = total + G
-        factor, singular = torch.linalg.cholesky_ex(total)
-        if singular:
+        triangle, failed = torch.linalg.cholesky_ex(total)
+        # Of dependent features rounding may leave a tiny pivot, which is no failure.
+        rounding = len(total) * torch.finfo(total.dtype).eps * total.diagonal()
+        if failed or (triangle.diagonal().square() <= rounding).any():
             raise UserError(f"regmean: the equations of {name} are singular; take a larger ridge")
-        solved = torch.cholesky_solve(torch.cat(weighted).T, factor)
-        left = torch.cat(B, 1).to(updates.dtype)
-        return LoraPair(solved.T.to(updates.dtype), left, 1.0)
+        solved = torch.cholesky_solve(torch.cat(weighted).T, triangle).T
+        return LoraPair(solved.to(updates.dtype), torch.cat(B, 1).to(updates.dtype), 1.0)
 
     return Lazy(updates, merged)
 
 
 def gram(moment: Moment, ridge: float, off_diagonal: float) -> Float[Tensor, "d d"]:
-    """G + δ I in float64, its other entries shrunk."""
+    """G + δ I in float64, with smaller entries off the diagonal."""
     G = moment.gram / max(moment.count, 1)
     diagonal = G.diagonal() + ridge * (float(G.diagonal().mean()) or 1.0)
-    G = off_diagonal * G
+    G *= off_diagonal
     G.diagonal().copy_(diagonal)
     return G
 
 
-def condition(
-    moments: Sequence[Moment], *, ridge: float = RIDGE, off_diagonal: float = 1.0
-) -> float:
+def condition(moments: Sequence[Moment], ridge: float = RIDGE, off_diagonal: float = 1.0) -> float:
     """Largest over smallest eigenvalue of the equations that `regmean` solves for one module."""
-    total = reduce(torch.add, (gram(moment, ridge, off_diagonal) for moment in moments))
-    values = torch.linalg.eigvalsh(total)
+    grams = (gram(moment, ridge, off_diagonal) for moment in moments)
+    values = torch.linalg.eigvalsh(sum(grams, torch.zeros(())))
     return float(values[-1] / values[0]) if values[0] > 0 else math.inf

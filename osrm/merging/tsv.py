@@ -1,27 +1,28 @@
 """TSV-M: the tasks' top singular vectors, made orthogonal (Gargiulo et al., 2025)."""
 
-from collections.abc import Mapping
-
 import torch
 
 from osrm.merging._factors import polar, product_svd
-from osrm.merging._updates import Inputs, Lazy, Part
-from osrm.task_vectors import LoraPair
+from osrm.merging._updates import Inputs, Parts
+from osrm.task_vectors import Lazy, LoraPair
 
 
-def tsv(updates: Inputs, *, scale: float = 1.0) -> Mapping[str, Part]:
-    """λ U⊥ Σ V⊥ᵀ, for all tasks alike: U⊥ and V⊥ are nearest to the tasks' singular vectors.
+def tsv(updates: Inputs, *, scale: float = 1.0) -> Parts:
+    """λ U⊥ Σ V⊥ᵀ, for all tasks alike.
 
-    Of each of the T updates ⌊min(out, in) / T⌋ singular triples count, so that all together are
-    no more than there is room for (paper, Alg. 1); a LoRA update seldom has so many.
+    U⊥ and V⊥ are nearest to the tasks' singular vectors. At most ⌊min(out, in) / T⌋ singular
+    triples of each of the T updates count (Alg. 1). The authors' code keeps directions that are
+    rounding, so it gives something else for updates of low rank (docs/merge.md).
     """
 
     def merged(name: str) -> LoraPair:
-        room = max(1, min(updates.shape(name)) // len(updates.tasks))
-        svds = [product_svd(B, A) for B, A in updates.factors(name)]
-        values = torch.cat([each[:room] for _, each, _ in svds])
-        U = polar(torch.cat([each[:, :room] for each, _, _ in svds], 1))
-        V = polar(torch.cat([each[:room].T for _, _, each in svds], 1))
-        return LoraPair(V.T.to(updates.dtype), (U * values).to(updates.dtype), scale)
+        factors = updates.factors(name)
+        B, A = factors[0]
+        room = max(1, min(len(B), A.shape[1]) // len(factors))
+        Us, values, Vhs = zip(*(product_svd(B, A) for B, A in factors))
+        U = polar(torch.cat([U[:, :room] for U in Us], 1))
+        V = polar(torch.cat([Vh[:room].T for Vh in Vhs], 1))
+        scaled = U * torch.cat([sigma[:room] for sigma in values])
+        return LoraPair(V.T.to(updates.dtype), scaled.to(updates.dtype), scale)
 
     return Lazy(updates, merged)

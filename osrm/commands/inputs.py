@@ -1,0 +1,197 @@
+"""What merge.py merges, the checkpoints of all tasks, and with which methods and knobs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from osrm.backbones import find_backbone, load_model, load_tokenizer
+from osrm.checkpoints import Checkpoint, check_fits, check_task, named_directories, read_checkpoint
+from osrm.checks import read_json
+from osrm.config import MergeConfig
+from osrm.errors import UserError
+from osrm.glue import TASKS, find_tasks
+from osrm.merging import METHODS, check_knobs
+from osrm.records import Recipe
+from osrm.task_vectors import TaskVectors
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One checkpoint a task, all of one base model."""
+
+    checkpoints: dict[str, Checkpoint]
+    vectors: TaskVectors
+    """Their updates, stacked."""
+    labels: dict[str, tuple[str, ...]]
+    """{task: the classes of its head}; no class: a regression."""
+    backbone: str | None
+    """None if no file and no flag names the base model; --no-eval can do without."""
+
+
+def read_inputs(config: MergeConfig, recipe: Recipe | None = None) -> Inputs:
+    """Read and compare the checkpoints of --load-model-path, or of a recipe; raises UserError."""
+    if recipe:
+        where = f"--from {config.from_recipe}"
+        directories = {task: Path(source.path) for task, source in recipe.tasks.items()}
+    else:
+        where = f"--load-model-path {config.load_model_path}"
+        directories = named_directories(config.load_model_path, None)
+    if not config.no_eval:
+        find_tasks(directories, where)
+    # A character has up to 4 bytes, the name of a file up to 255.
+    if odd := [task for task in directories if not re.fullmatch(r"\w[\w.-]{,59}", task)]:
+        raise UserError(
+            f"{where}: task names have up to 60 letters, digits, '_', '-', '.' only; not {odd}"
+        )
+
+    @cache
+    def load_base(name: str | None) -> Any:
+        if name is None:
+            raise UserError(f"{where}: a dense checkpoint without args.json needs --backbone")
+        backbone = find_backbone(name)
+        return load_model(backbone, (), load_tokenizer(backbone), torch.float32)
+
+    checkpoints = {
+        task: read_checkpoint(path, lambda name: load_base(config.backbone or name))
+        for task, path in directories.items()
+    }
+    if not config.no_eval:
+        for task, checkpoint in checkpoints.items():
+            check_task(checkpoint, task)
+    check_bases(checkpoints)
+    labels = {task: head_labels(task, run, config.no_eval) for task, run in checkpoints.items()}
+    names = [config.backbone]
+    names += [run.args.get("backbone") or run.base for run in checkpoints.values()]
+    backbone = next((name for name in names if name), None)
+    if backbone is None and not config.no_eval:
+        raise UserError(f"{where}: nothing says what the base model is; add --backbone")
+    if backbone is None and "model" in config.export:
+        raise UserError(f"{where}: --export model needs the base model; add --backbone")
+    vectors = TaskVectors.stack({task: run.updates for task, run in checkpoints.items()})
+    return Inputs(checkpoints, vectors, labels, backbone)
+
+
+def check_bases(checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Refuse updates of different pre-trained models: they cannot be added."""
+    names = {task: checkpoint.base for task, checkpoint in checkpoints.items()}
+    prints = {task: run.args.get("body_fingerprint") for task, run in checkpoints.items()}
+    # The weights themselves say more than a path, which may differ between machines.
+    known = prints if all(prints.values()) else names
+    different = {base: task for task, base in known.items() if base}
+    if len(different) > 1:
+        first, second, *_ = different.values()
+        raise UserError(
+            f"tasks '{first}' and '{second}' have different base models ({names[first]},"
+            f" {names[second]}); only updates of one base can be merged"
+        )
+
+
+def check_base(inputs: Inputs) -> None:
+    """Refuse an update or head that does not fit the base model; none of its weights are read."""
+    backbone = find_backbone(inputs.backbone or "")
+    tokenizer = load_tokenizer(backbone)
+    for task, checkpoint in inputs.checkpoints.items():
+        model = load_model(backbone, inputs.labels[task], tokenizer, "auto", device="meta")
+        check_fits(checkpoint, model)
+
+
+def head_labels(task: str, checkpoint: Checkpoint, no_eval: bool) -> tuple[str, ...]:
+    """The classes of a task: GLUE's, or as many as its head has outputs; none: a regression.
+
+    Scores need GLUE's: without them any other head is refused.
+    """
+    matrices = [tensor for tensor in checkpoint.head.values() if tensor.ndim == 2]
+    outputs = min(map(len, matrices), default=0)
+    if task in TASKS and outputs == TASKS[task].num_labels:
+        return TASKS[task].labels
+    if not no_eval:
+        head = f"its head has {outputs} outputs" if outputs else "it has no trained head"
+        raise UserError(
+            f"{checkpoint.path}: {head}, {task} needs {TASKS[task].num_labels}; train the head"
+            " too (PEFT: modules_to_save), or merge with --no-eval"
+        )
+    return tuple(f"LABEL_{i}" for i in range(outputs)) if outputs != 1 else ()
+
+
+Knobs = dict[str, dict[str, Any]]
+"""{method: {knob: value}}"""
+
+
+def choose_methods(config: MergeConfig) -> Knobs:
+    """The methods and knobs of --hparams, --methods, --scale, --density and --trim, all checked.
+
+    With --search every λ is 1 until the best is found.
+    """
+    table = read_json(config.hparams, "--hparams")
+    if not isinstance(table, dict) or not all(isinstance(knobs, dict) for knobs in table.values()):
+        raise UserError(f"--hparams {config.hparams}: expected {{method: {{knob: value}}}}")
+    scale = 1.0 if config.search else config.scale
+    flags = {"scale": scale, "density": config.density, "trim": config.trim}
+    flags = {knob: value for knob, value in flags.items() if value is not None}
+    names = config.methods
+    if names in ([], ["all"]):
+        looking = [n for n, method in METHODS.items() if method.needs and config.no_eval]
+        names = [name for name in table if name not in looking]
+    methods: Knobs = {}
+    problems = [] if names else ["no method; name one"]
+    for name in names:
+        takes = METHODS[name].knobs if name in METHODS else ()
+        given = {knob: flags[knob] for knob in takes if knob in flags}
+        methods[name] = {**table.get(name, {}), **given}
+        try:
+            check_knobs(name, methods[name])
+            if METHODS[name].needs and config.no_eval:
+                problems.append(f"{name} looks at data, which --no-eval leaves out")
+        except UserError as error:
+            problems.append(str(error))
+    for knob, value in flags.items():
+        if methods and not any(knob in knobs for knobs in methods.values()):
+            named = "--search" if config.search and knob == "scale" else f"--{knob} {value}"
+            problems.append(f"{named}: none of {', '.join(methods)} has the knob '{knob}'")
+    if problems:
+        raise UserError(f"--methods, --hparams {config.hparams}: {'; '.join(problems)}")
+    return methods
+
+
+def fit_methods(methods: Knobs, config: MergeConfig, inputs: Inputs) -> None:
+    """Put the --weights, TASK=X each, into the knobs of every method that has some.
+
+    Methods that look at layer inputs are refused where a layer's bias has an update, too.
+    """
+    looking = [name for name in methods if METHODS[name].needs]
+    biases = [name for name in inputs.vectors if name.endswith(".bias")]
+    if looking and biases:
+        raise UserError(
+            f"--methods {' '.join(looking)}: they look at what enters a layer, and"
+            f" {biases[0].removesuffix('.bias')} has an update of its bias, too (lora_bias); leave"
+            " them out"
+        )
+    if not config.weights:
+        return
+    weights = dict.fromkeys(inputs.checkpoints, 1.0)
+    problems = []
+    for text in config.weights:
+        task, _, number = text.partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if task not in weights or not math.isfinite(weight):
+            tasks = [*inputs.checkpoints]
+            problems.append(f"'{text}': expected TASK=X with X a number and TASK of {tasks}")
+        weights[task] = weight
+    takers = [name for name in methods if "weights" in METHODS[name].knobs]
+    if not takers:
+        problems.append(f"none of {', '.join(methods)} takes weights")
+    if problems:
+        raise UserError(f"--weights: {'; '.join(problems)}")
+    for name in takers:
+        methods[name]["weights"] = list(weights.values())

@@ -1,0 +1,136 @@
+"""Merge with one method after the other, save what each gives, and search for the best knobs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osrm.commands.inputs import Inputs
+from osrm.commands.statistics import collect_statistics
+from osrm.config import MergeConfig
+from osrm.evaluation import scores
+from osrm.glue import TASKS
+from osrm.lending import applied
+from osrm.measure import peak_memory, reset_peak_memory
+from osrm.merged import MergedUpdate, save_merged
+from osrm.merging import METHODS, merge
+from osrm.merging.regmean import condition
+from osrm.records import Merge, Recipe, Search
+from osrm.session import Session
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Merger:
+    """The inputs and methods of one command, and where its merges go."""
+
+    inputs: Inputs
+    session: Session | None
+    """None with --no-eval: then no method looks at data."""
+    shared: Merge
+    directory: Path
+    methods: dict[str, dict[str, Any]]
+    """{method: {knob: value}}; --search changes them."""
+    search: dict[str, Search]
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
+    """{method: the costs of its last merge, as in `Row`}"""
+
+    def save(self, methods: Mapping[str, dict[str, Any]]) -> None:
+        """Merge with these methods and knobs; each replaces the method's earlier merge."""
+        heads = {task: checkpoint.head for task, checkpoint in self.inputs.checkpoints.items()}
+        vectors, dtype = self.inputs.vectors, getattr(torch, self.shared.dtype)
+        for name, knobs in methods.items():
+            method, directory, statistics = METHODS[name], self.directory / name, None
+            if method.needs:
+                assert self.session is not None
+                padding = self.shared.count_padding
+                statistics = collect_statistics(method.needs, self.session, self.inputs, padding)
+            recipe = Recipe(
+                **vars(self.shared),
+                method=name,
+                paper=method.paper,
+                knobs=knobs,
+                search=self.search.get(name),
+            )
+            reset_peak_memory()
+            begin = time.perf_counter()
+            merged = merge(name, vectors, statistics=statistics, dtype=dtype, **knobs)
+            save_merged(directory, merged, heads, recipe)
+            seconds, peak = time.perf_counter() - begin, peak_memory()
+            size = sum(path.stat().st_size for path in (directory / "updates").iterdir()) / 2**20
+            self.costs[name] = {"merge_seconds": seconds, "merge_peak_gib": peak, "size_mib": size}
+            if statistics is not None and method.needs == "moments":
+                conditions = [condition(statistics[module], **knobs) for module in vectors]
+                self.costs[name]["condition"] = max(conditions)
+            logger.info(
+                "%s: %d tasks merged in %.1f s, peak memory %.2f GiB, update of %.1f MiB",
+                *(name, len(heads), seconds, peak, size),
+            )
+
+    def choose(self, config: MergeConfig) -> None:
+        """--search: find the best λ, and density, of each method that has them; merge with them.
+
+        Best is the average score on held-out data. Each density is merged once, with λ = 1:
+        updates are linear in λ. All methods are merged already.
+        """
+        assert self.session is not None
+        grid = sorted(set(config.search))
+        densities: list[float] | list[None] = sorted(set(config.search_density)) or [None]
+        best: dict[str, Search] = {}
+        for density in densities:
+            tried: dict[str, dict[str, Any]] = {}
+            for name in self.methods:
+                takes = METHODS[name].knobs
+                if "scale" in takes and density is not None and "density" in takes:
+                    tried[name] = {"density": density}
+                elif "scale" in takes and name not in best:
+                    tried[name] = {}
+            self.save({n: {**self.methods[n], **more} for n, more in tried.items() if more})
+            scores_by_task = {
+                task: held_out_scores(
+                    self.session, task, run.head, merged=self.directory, methods=[*tried], grid=grid
+                )
+                for task, run in self.inputs.checkpoints.items()
+            }
+            for name, knobs in tried.items():
+                scores_of = {task: by_method[name] for task, by_method in scores_by_task.items()}
+                search = Search.choose(grid, scores_of, knobs)
+                if name not in best or max(search.average) > max(best[name].average):
+                    best[name] = search
+        for name, search in best.items():
+            logger.info("%s: λ = %g is the best of %s on held-out data", name, search.best, grid)
+            self.search[name] = search
+            self.methods[name] = {**self.methods[name], **search.knobs, "scale": search.best}
+        self.save({name: self.methods[name] for name in best})
+
+
+def held_out_scores(
+    session: Session,
+    task_name: str,
+    head: Mapping[str, Tensor],
+    *,
+    merged: Path,
+    methods: list[str],
+    grid: list[float],
+) -> dict[str, list[float]]:
+    """{method: one task's score with each λ of the grid}; one model gets all the updates."""
+    task = TASKS[task_name]
+    model = session.model(task, head)
+    examples = {"": session.encoded(task, session.data[task_name].selection)}
+    by_method: dict[str, list[float]] = {method: [] for method in methods}
+    memory: dict[str, Tensor] = {}
+    for method, values in by_method.items():
+        for scale in grid:
+            with applied(model, MergedUpdate(merged / method, task_name, scale), memory):
+                title = f"{task_name}: {method}, λ = {scale:g}"
+                metrics = scores(task, session.predict(model, task, examples, title))
+            values.append(metrics[f"eval_{task.score}"])
+    return by_method

@@ -1,0 +1,235 @@
+"""The data of the tasks: load, check, split, tokenise, batch."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+from datasets import Dataset, DatasetDict
+from pandas.errors import ParserWarning
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding
+
+from osrm import embedded, processes
+from osrm.config import MINI_GLUE
+from osrm.errors import UserError, first_line
+from osrm.glue import TASKS, GlueTask
+
+HUB_DATA = "nyu-mll/glue"
+
+# All columns are text, because "NA" and "7" are sentences too; the first column is no index.
+_read_csv = partial(pd.read_csv, dtype=str, keep_default_na=False, index_col=False)
+_read_jsonl = partial(pd.read_json, lines=True, dtype=False)
+READERS = {"parquet": pd.read_parquet, "jsonl": _read_jsonl, "csv": _read_csv}
+READERS["tsv"] = partial(_read_csv, sep="\t")
+
+
+def available_tasks(data_dir: str | None) -> list[str]:
+    """The tasks that the data has, in GLUE's order of the release."""
+    if data_dir is None or data_dir == MINI_GLUE:
+        return [*TASKS]
+    return [name for name in TASKS if (Path(data_dir) / name).is_dir()]
+
+
+def load_task(
+    task: GlueTask, data_dir: str | None, validation_only: bool = False
+) -> dict[str, Dataset]:
+    """{"train", "validation"[, "validation_mm"]} of a task, without "train" if `validation_only`.
+
+    `data_dir` is a folder (see --data-dir), "mini-glue" for the embedded data, None for the hub.
+    Raises UserError for missing data or columns, labels out of range, texts that are no text.
+    """
+    splits = {} if validation_only else {"train": "train"}
+    splits |= {f"validation{end}": split for end, split in task.validation_splits.items()}
+    if data_dir is None:
+        source = f"{HUB_DATA} {task.name}"
+        try:
+            stored = datasets.load_dataset(HUB_DATA, task.name)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{source} is neither on the hub nor cached here ({first_line(error)}); give"
+                " --data-dir DIR, or use the embedded data: --data-dir mini-glue"
+            ) from None
+    else:
+        folder = (embedded.mini_glue() if data_dir == MINI_GLUE else Path(data_dir)) / task.name
+        if not folder.is_dir():
+            raise UserError(f"--data-dir {data_dir}: no folder '{task.name}' in it; add {folder}")
+        source, stored = str(folder), _load_folder(folder, splits.values())
+    loaded = {}
+    for name, split in splits.items():
+        if split in stored:
+            loaded[name] = _checked(task, stored[split], f"{source} {split}")
+        elif name != "validation_mm":
+            files = f"{split}.parquet, .jsonl, .csv or .tsv"
+            raise UserError(f"{source}: no split '{split}'; add {files}")
+    if "train" in loaded and len(loaded["train"]) < 2:
+        raise UserError(f"{source} train: holds one example; add more, one is held out")
+    return loaded
+
+
+def _load_folder(folder: Path, splits: Iterable[str]) -> Mapping[str, Dataset]:
+    if (folder / "dataset_dict.json").exists():
+        with _readable(folder, "a save_to_disk folder"):
+            # In memory: otherwise datasets caches what is derived from it in the user's folder.
+            saved = DatasetDict.load_from_disk(str(folder), keep_in_memory=True)
+            for split in saved.values():
+                split.data.validate(full=True)  # wrong offsets would crash Python later
+            return saved.with_format(None)  # all columns, as Python's objects
+    stored: dict[str, Dataset] = {}
+    for split, (ending, read) in product(splits, READERS.items()):
+        path = folder / f"{split}.{ending}"
+        if split not in stored and path.exists():
+            with _readable(path, ending):
+                stored[split] = Dataset.from_pandas(read(path), preserve_index=False)
+    return stored
+
+
+@contextmanager
+def _readable(path: Path, kind: str) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ParserWarning)  # pandas would drop fields
+            yield
+    except Exception as error:  # the readers raise many kinds for damaged files
+        problem = f"{path}: not readable as {kind} ({first_line(error)})"
+        raise UserError(f"{problem}; fix it, or save it again") from None
+
+
+def _checked(task: GlueTask, dataset: Dataset, where: str) -> Dataset:
+    """The task's columns of the dataset: texts that are text, labels in range."""
+    columns = [*task.fields, "label"]
+    if lacking := [name for name in columns if name not in dataset.column_names]:
+        problem = f"lacks the column {', '.join(lacking)}; {task.name} has {', '.join(columns)}"
+        raise UserError(f"{where}: {problem}")
+    if not len(dataset):
+        raise UserError(f"{where}: holds no examples")
+    dataset = dataset.select_columns(columns)
+    values = pd.Series(dataset["label"][:], dtype=object)
+    labels = pd.to_numeric(values, errors="coerce").to_numpy(np.float64)  # NaN: no number
+    checks: dict[str, tuple[object, Any]] = {}
+    for name in task.fields:
+        checks[name] = "text", [isinstance(text, str) for text in dataset[name][:]]
+    if task.labels:
+        checks["label"] = dict(enumerate(task.labels)), np.isin(labels, range(len(task.labels)))
+    else:
+        checks["label"] = "0 to 5", (labels >= 0) & (labels <= 5)
+    for name, (expected, holds) in checks.items():
+        if not all(holds):
+            row = list(holds).index(False)
+            problem = f"expected {expected}, found {dataset[row][name]!r}"
+            raise UserError(f"{where}: row {row}, column '{name}': {problem}")
+    kind = datasets.Value("int64" if task.labels else "float32")
+    dataset = dataset.remove_columns("label")
+    return dataset.add_column("label", labels.astype(kind.dtype), feature=kind)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The examples of one task in one run."""
+
+    train: Dataset
+    selection: Dataset  # chooses the best epoch
+    validation: dict[str, Dataset]  # reported, {suffix of the metrics: split}
+
+
+def split_task(
+    loaded: Mapping[str, Dataset],
+    seed: int,
+    max_train: int = -1,
+    max_selection: int = -1,
+    *,
+    max_validation: int = -1,
+    select_on: str = "held-out",
+) -> TaskData:
+    """Shuffle, hold out 10 % of the training data for selection, and truncate (< 0: do not).
+
+    The held-out examples depend on the seed alone: no run with that seed trains on them.
+    """
+    validation = validation_splits(loaded, max_validation, seed)
+    train = loaded["train"].shuffle(seed=seed)
+    if select_on == "validation":
+        return TaskData(_first(train, max_train), validation[""], validation)
+    held_out = max(1, len(train) // 10)
+    selection = _first(_first(train, held_out), max_selection)
+    rest = train.select(range(held_out, len(train)))
+    return TaskData(_first(rest, max_train), selection, validation)
+
+
+def validation_splits(loaded: Mapping[str, Dataset], most: int, seed: int) -> dict[str, Dataset]:
+    """{suffix: reported examples}: all, or `most` of them drawn with the seed."""
+    splits = {}
+    for name, split in loaded.items():
+        if name != "train":
+            drawn = split.shuffle(seed=seed) if 0 <= most < len(split) else split
+            splits[name.removeprefix("validation")] = _first(drawn, most)
+    return splits
+
+
+def _first(dataset: Dataset, most: int) -> Dataset:
+    return dataset.select(range(most)) if 0 <= most < len(dataset) else dataset
+
+
+def tokenize(dataset: Dataset, task: GlueTask, tokenizer: Any, max_seq_len: int) -> Dataset:
+    """Token ids, `labels` and `length` of every example, without padding; truncated on the left."""
+
+    def encode(batch: Mapping[str, list]) -> dict[str, Any]:
+        texts = [batch[name] for name in task.fields]
+        options = {"truncation": True, "max_length": max_seq_len, "return_length": True}
+        return {**tokenizer(*texts, **options), "labels": batch["label"]}
+
+    # A bar for what takes seconds; those of the many small calls would fill the screen.
+    (datasets.disable_progress_bars if len(dataset) <= 20_000 else datasets.enable_progress_bars)()
+    title = f"tokenise {task.name}"
+    return dataset.map(encode, batched=True, remove_columns=dataset.column_names, desc=title)
+
+
+def collator(tokenizer: Any, pad_to: int | None = None) -> Callable[[list[dict]], Any]:
+    """Tokenised examples -> a batch, padded to its longest example (or to `pad_to` tokens)."""
+    padding = "max_length" if pad_to else "longest"
+    pad = DataCollatorWithPadding(tokenizer, padding=padding, max_length=pad_to)
+
+    def collate(examples: list[dict]) -> Any:
+        return pad([{k: v for k, v in row.items() if k != "length"} for row in examples])
+
+    return collate
+
+
+def feature_batches(
+    encoded: Dataset, tokenizer: Any, batch_size: int, pad_to: int | None
+) -> DataLoader:
+    """Batches of examples of similar lengths, without labels; this process's share of them."""
+    batches = batches_by_length(encoded["length"][:], batch_size)
+    return DataLoader(
+        encoded.remove_columns("labels"),
+        batch_sampler=batches[processes.rank() :: processes.count()],
+        collate_fn=collator(tokenizer, pad_to),
+    )
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices of each batch, whose longest example has at most 1.3 times the shortest's tokens."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        last = batches[-1] if batches else []
+        if not 0 < len(last) < batch_size or lengths[index] > 1.3 * lengths[last[0]]:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A hash of the content, the same for every file format and place."""
+    digest = hashlib.sha256()
+    for name in sorted(dataset.column_names):
+        digest.update("\0".join(map(repr, [name, *dataset[name][:]])).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,101 @@
+"""What training, transforming and merging share: the base model, each task's data, the scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import set_seed
+
+from osrm.backbones import Backbone, body_fingerprint, load_model
+from osrm.bank import FeatureFile, task_features
+from osrm.data import TaskData, feature_batches, fingerprint, tokenize
+from osrm.evaluation import Predictions, predict_splits
+from osrm.glue import TASKS, GlueTask
+from osrm.lending import load_head
+from osrm.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Session:
+    """One base model and the data of its tasks, loaded and checked before any long work."""
+
+    backbone: Backbone
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    """Of the base model's weights."""
+    seed: int
+    batch_size: int
+    """Of scoring, and of the passes that collect statistics."""
+    max_seq_len: Mapping[str, int]
+    """{task: tokens an example}"""
+    data: Mapping[str, TaskData]
+    """{task: its examples as texts}"""
+
+    def model(self, task: GlueTask, head: Mapping[str, Tensor] | None = None) -> Any:
+        """The base model with this head, or with a new one that depends on the seed and task."""
+        set_seed(derive_seed(self.seed, task.name, "head"))
+        model = load_model(self.backbone, task.labels, self.tokenizer, self.dtype).to(self.device)
+        if head is not None:
+            load_head(model, head)
+        return model
+
+    def encoded(self, task: GlueTask, examples: Dataset) -> Dataset:
+        """The examples as token ids."""
+        return tokenize(examples, task, self.tokenizer, self.max_seq_len[task.name])
+
+    def tokenized(self, task: GlueTask) -> TaskData:
+        """All examples of the task as token ids."""
+        data = self.data[task.name]
+        train, selection = (self.encoded(task, part) for part in (data.train, data.selection))
+        return TaskData(train, selection, self.encoded_splits(task))
+
+    def encoded_splits(self, task: GlueTask) -> dict[str, Dataset]:
+        """{suffix of the metrics: token ids} of the task's reported examples."""
+        splits = self.data[task.name].validation
+        return {suffix: self.encoded(task, split) for suffix, split in splits.items()}
+
+    def predict(
+        self, model: Any, task: GlueTask, splits: Mapping[str, Dataset], title: str | None = None
+    ) -> Predictions:
+        """What a model with the task's head predicts on `encoded` splits."""
+        return predict_splits(
+            model, task, splits, self.tokenizer, batch_size=self.batch_size, title=title
+        )
+
+    def key(self, model: Any, task: GlueTask, examples: Dataset, **settings: Any) -> dict[str, Any]:
+        """All that a statistic of the model on these examples depends on, but for the layers."""
+        return {
+            "backbone": self.backbone.name,
+            "body_fingerprint": body_fingerprint(model),
+            "max_seq_len": self.max_seq_len[task.name],
+            **settings,
+            "seed": self.seed,
+            "task": task.name,
+            "samples": len(examples),
+            "data": fingerprint(examples),
+        }
+
+    def statistics(
+        self,
+        model: Any,
+        modules: list[str],
+        key: Mapping[str, Any],
+        examples: Dataset,
+        *,
+        path: Path | None = None,
+    ) -> FeatureFile:
+        """The second moments of what enters these layers on the examples; cached without `path`.
+
+        The settings of `key` have "features" and "count_padding".
+        """
+        pad_to = key["max_seq_len"] if key["count_padding"] else None
+        encoded = self.encoded(TASKS[key["task"]], examples)
+        batches = feature_batches(encoded, self.tokenizer, self.batch_size, pad_to)
+        return task_features(key, model, modules, batches, path=path)
