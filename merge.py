@@ -2,8 +2,8 @@
 
 import sys
 
-from osrm.cli import merge as main  # noqa: F401
-from osrm.cli import osrm_merge
+from osrm.cli import merge as main
+from osrm.errors import run_script
 
 if __name__ == "__main__":
-    sys.exit(osrm_merge())
+    sys.exit(run_script(main))

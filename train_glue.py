@@ -2,8 +2,8 @@
 
 import sys
 
-from osrm.cli import osrm_train
-from osrm.cli import train_glue as main  # noqa: F401
+from osrm.cli import train_glue as main
+from osrm.errors import run_script
 
 if __name__ == "__main__":
-    sys.exit(osrm_train())
+    sys.exit(run_script(main))
