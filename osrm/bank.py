@@ -35,6 +35,8 @@ class FeatureFile(Lazy[Moment]):
     def __init__(self, path: Path) -> None:
         """Read and check the whole file; raises ValueError if it is damaged or no such file."""
         self.path = path
+        self.device = torch.device("cpu")
+        """Where a look-up puts the statistic."""
         try:
             tensors = TensorFile(path)
             self.sha256 = tensors.sha256
@@ -42,7 +44,12 @@ class FeatureFile(Lazy[Moment]):
             self.leaders: dict[str, str] = dict(tensors.header["leaders"])
             counts = dict(tensors.header["counts"])
             names = self.leaders
-            super().__init__(names, lambda key: Moment(counts[names[key]], tensors[names[key]]))
+
+            def read(module: str) -> Moment:
+                name = names[module]
+                return Moment(counts[name], tensors[name]).to(self.device)
+
+            super().__init__(names, read)
             for moment in self.values():
                 _check(moment)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:

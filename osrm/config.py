@@ -183,6 +183,9 @@ class MergeConfig:
     data_dir: str | None = flag(None, "the data to evaluate on, instead of the runs' own")
     max_test_samples: int | None = flag(None, "reported examples; < 0: all", COUNT, type=int)
     per_device_eval_bsz: int = flag(64, "evaluation batch size of a device", whole(1))
+    device: str = flag(
+        "auto", "what merges and scores; auto: a GPU if there is one", ("auto", "cpu", "cuda")
+    )
     eval_dtype: str = flag("float32", "precision of the model in scoring", ("float32", "bfloat16"))
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas as pd
+import torch
 from datasets import Dataset, DatasetDict
 from pandas.errors import ParserWarning
 from torch.utils.data import DataLoader
@@ -213,6 +214,7 @@ def feature_batches(
         encoded.remove_columns("labels"),
         batch_sampler=batches[processes.rank() :: processes.count()],
         collate_fn=collator(tokenizer, pad_to),
+        pin_memory=torch.cuda.is_available(),
     )
 
 

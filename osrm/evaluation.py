@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -32,16 +33,19 @@ def predict(
     # Equal shares, because all processes of a sharded model take part in every forward pass.
     shares = np.resize(order, (-(-len(order) // count), count)).T
     share = dataset.select(shares[processes.rank()])
-    loader = DataLoader(share, batch_size=batch_size, collate_fn=collator(tokenizer))
+    loader = DataLoader(
+        share, batch_size, collate_fn=collator(tokenizer), pin_memory=torch.cuda.is_available()
+    )
     quiet, low = not processes.is_first(), model.dtype in (torch.bfloat16, torch.float16)
     logits, training = [], model.training
     model.eval()
     with torch.autocast(model.device.type, dtype=model.dtype if low else None, enabled=low):
         for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=quiet):
-            inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
-            logits.append(model(**inputs).logits.float().cpu())
+            del batch["labels"]
+            inputs = send_to_device(batch, model.device, non_blocking=True)
+            logits.append(model(**inputs).logits.float())
     model.train(training)
-    parts = processes.gathered(torch.cat(logits).numpy())
+    parts = processes.gathered(torch.cat(logits).cpu().numpy())
     outputs = np.empty((len(order), parts[0].shape[1]), parts[0].dtype)
     for indices, part in zip(shares, parts, strict=True):
         outputs[indices] = part

@@ -5,30 +5,52 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import send_to_device
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from osrm import processes
 from osrm.moments import Moment
 
 
+class TokenMask(NamedTuple):
+    """Which positions of a batch are real."""
+
+    mask: Bool[Tensor, "batch length"]
+    places: Int64[Tensor, "real"]
+    """Their numbers. A GPU would have to be waited for, to learn how many there are."""
+
+    @classmethod
+    def of(cls, mask: Tensor) -> TokenMask:
+        """The mask with the places, found where the mask is."""
+        return cls(mask.bool(), mask.flatten().nonzero().flatten())
+
+
+def token_masks(batch: Any) -> list[TokenMask]:
+    """The attention masks of a batch: the encoder's, then the decoder's."""
+    names = ("attention_mask", "decoder_attention_mask") if isinstance(batch, Mapping) else ()
+    masks = (batch.get(name) for name in names)
+    return [TokenMask.of(mask) for mask in masks if mask is not None]
+
+
 def pool(
-    inputs: Float[Tensor, "batch *positions d"],
-    mask: Bool[Tensor, "batch length"] | None,
-    features: str,
+    inputs: Float[Tensor, "batch *positions d"], masks: Sequence[TokenMask], features: str
 ) -> Float[Tensor, "rows d"]:
-    """The vectors that count: all unmasked positions ("token"), or one mean an example."""
+    """The vectors that count: all real positions ("token"), or one mean an example.
+
+    The first mask of the inputs' shape says which are real. Without one all are.
+    """
+    mask = next((mask for mask in masks if mask.mask.shape == inputs.shape[:-1]), None)
     inputs = inputs.reshape(len(inputs), -1, inputs.shape[-1])
-    if mask is None:
-        mask = inputs.new_ones(inputs.shape[:2], dtype=torch.bool)
     if features == "token":
-        return inputs[mask]
-    weights = mask.to(torch.float32).unsqueeze(-1)
+        rows = inputs.flatten(0, 1)
+        return rows if mask is None else rows[mask.places]
+    weights = inputs.new_ones(inputs.shape[:2]) if mask is None else mask.mask
+    weights = weights.to(torch.float32).unsqueeze(-1)
     return (inputs.float() * weights).sum(1) / weights.sum(1)
 
 
@@ -107,14 +129,14 @@ def collect(
     device = next(model.parameters()).device
     with evaluating(model), recorded_inputs(model, modules) as (inputs, leaders):
         for batch in batches:
-            batch = send_to_device(batch, device)
+            masks = [] if count_padding else token_masks(batch)
+            batch, masks = send_to_device((batch, masks), device, non_blocking=True)
             if isinstance(batch, Mapping):
                 model(**batch)
             else:
                 model(batch)
             for name, tensor in inputs.items():
-                mask = None if count_padding else token_mask(batch, tensor)
-                rows = pool(tensor, mask, features)
+                rows = pool(tensor, masks, features)
                 if features == "mean":  # E[(h, 1) (h, 1)ᵀ] has the mean in its last column
                     rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
                 waiting.setdefault(name, []).append(rows)
@@ -130,7 +152,8 @@ def collect(
         raise ValueError("there was no batch")
     if idle := [name for name in modules if name not in leaders]:
         raise ValueError(f"{len(idle)} layers never ran ({', '.join(idle[:3])})")
-    if broken := [name for name, total in totals.items() if not total.data.isfinite().all()]:
+    finite = torch.stack([total.data.isfinite().all() for total in totals.values()]).tolist()
+    if broken := [name for name, holds in zip(totals, finite) if not holds]:
         raise ValueError(f"NaN or infinity enters {len(broken)} layers ({', '.join(broken[:3])})")
     if features == "mean":
         for name, total in totals.items():
@@ -162,12 +185,3 @@ def _over_processes(
             dist.all_reduce(data)
         result[name] = Moment(count, data)
     return result, merged
-
-
-def token_mask(batch: Any, inputs: Tensor) -> Tensor | None:
-    """Which positions of a layer's inputs are real: the attention mask of their shape, if any."""
-    for name in ("attention_mask", "decoder_attention_mask"):
-        mask = batch.get(name) if isinstance(batch, Mapping) else None
-        if mask is not None and mask.shape == inputs.shape[:-1]:
-            return mask.to(inputs.device, torch.bool)
-    return None

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from jaxtyping import Float
 from torch import Tensor
 
@@ -34,7 +35,7 @@ def fisher_information(
         for weight in weights:
             weight.requires_grad_(True)
         for batch in batches:
-            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            inputs = dict(send_to_device(batch, model.device, non_blocking=True))
             labels = inputs.pop("labels")
             with torch.enable_grad():
                 logits = model(**inputs).logits.float()

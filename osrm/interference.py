@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from osrm.errors import UserError
 from osrm.moments import Moment
-from osrm.task_vectors import LoraPair, Update, dense
+from osrm.task_vectors import LoraPair, Update, dense, on
 
 
 def squared_shift(update: Update, moment: Moment) -> float:
@@ -141,7 +142,8 @@ def diagnose(
 ) -> Diagnosis:
     """Measure all tasks' adapters against all tasks' data; UserError if none updates a module.
 
-    The tensors of one module are in memory at a time. If a task lacks one, its update is zero.
+    The tensors of one module are in memory at a time, on the device of its weight, where its
+    moments are, too. If a task lacks a module, its update is zero.
 
     Args:
         updates: {task: {module: update}}.
@@ -159,12 +161,11 @@ def diagnose(
     def measure(module: str) -> dict[str, Tensor]:
         """One module's numbers in float64."""
         weight = weights(module)
-        out, d = weight.shape
+        device, (out, d) = weight.device, weight.shape
         # If a task lacks the module, its pair or its A has rank zero: no shift, an energy of 0/0.
         nothing = LoraPair(weight.new_zeros(0, d), weight.new_zeros(out, 0), 0.0)
-        pairs = [updates[task].get(module, nothing) for task in tasks]
-        pairs = [pair if isinstance(pair, LoraPair) else dense(pair) for pair in pairs]
-        before = [starts.get(task, {}).get(module, nothing.A) for task in tasks]
+        pairs = [on(device, updates[task].get(module, nothing)) for task in tasks]
+        before = [starts.get(task, {}).get(module, nothing.A).to(device) for task in tasks]
         after = [pair.A if isinstance(pair, LoraPair) else nothing.A for pair in pairs]
         inputs = [moments[task][module] for task in tasks]
         deltas = [dense(pair) for pair in pairs]
@@ -181,11 +182,15 @@ def diagnose(
             "drift": [drift(old, new) for old, new in zip(before, after)],
             "norm": [squared_norm(pair) for pair in pairs],
             "errors": [
-                [moment.energy(update[task][module] - delta) for task, moment, delta in rows]
+                [
+                    moment.energy(update[task][module].to(device) - delta)
+                    for task, moment, delta in rows
+                ]
                 for update in merged.values()
             ],
         }
-        return {name: torch.as_tensor(x, dtype=torch.float64) for name, x in numbers.items()}
+        on_host = partial(torch.as_tensor, dtype=torch.float64, device="cpu")
+        return {name: on_host(number) for name, number in numbers.items()}
 
     measured = [measure(name) for name in modules]
     sums = {name: torch.stack([numbers[name] for numbers in measured]) for name in measured[0]}

@@ -42,7 +42,8 @@ def save_merged(
             (staging / name).mkdir()
         for number, module in enumerate(tqdm(merged, desc=directory.name, leave=False)):
             part = _tensors(merged.parts[module]).items()
-            save_file({k: v.contiguous() for k, v in part}, staging / _UPDATE.format(number))
+            host = {name: tensor.cpu().contiguous() for name, tensor in part}
+            save_file(host, staging / _UPDATE.format(number))
         write_text(staging / "README.md", _card(recipe))
         for task, head in heads.items():
             save_file(dict(head), staging / "heads" / f"{task}.safetensors")
@@ -87,13 +88,16 @@ def _tensors(part: Part) -> dict[str, Tensor]:
 
 
 class MergedUpdate(Lazy[Tensor]):
-    """The update that one task receives, `scale` times what was merged, read module by module.
+    """The update that one task receives, `scale` times what was merged, read module by module
+    into the memory of `device`.
 
     Raises UserError if the directory holds no merged model, or not of this task.
     """
 
-    def __init__(self, directory: Path, task: str, scale: float = 1.0) -> None:
-        self.directory, self.task, self.scale = directory, task, scale
+    def __init__(
+        self, directory: Path, task: str, scale: float = 1.0, device: torch.device | str = "cpu"
+    ) -> None:
+        self.directory, self.task, self.scale, self.device = directory, task, scale, device
         self.recipe = Recipe.read(directory / RECIPE, "merged model")
         if task not in self.recipe.tasks:
             raise UserError(f"{directory}: merged from {list(self.recipe.tasks)}, not '{task}'")
@@ -103,9 +107,11 @@ class MergedUpdate(Lazy[Tensor]):
 
     def part(self, module: str) -> Part:
         """What all tasks receive in one module, in the form in which it is stored."""
-        tensors = load_file(self.directory / _UPDATE.format(self.numbers[module]))
-        if "scaling" in tensors:
-            return LoraPair(tensors["A"], tensors["B"], self.scale * float(tensors["scaling"]))
+        stored = load_file(self.directory / _UPDATE.format(self.numbers[module]))
+        scaling = self.scale * float(stored.pop("scaling", 1.0))
+        tensors = {name: tensor.to(self.device) for name, tensor in stored.items()}
+        if "A" in tensors:
+            return LoraPair(**tensors, scaling=scaling)
         if "unified" in tensors:
             return Masked(**tensors | {"rescaler": self.scale * tensors["rescaler"]})
         (update,) = tensors.values()

@@ -17,8 +17,9 @@ class Moment:
     """Σ x xᵀ over `count` vectors of d numbers; `+` is the statistic of the union.
 
     Fewer than d vectors are kept as they are: they are smaller than the d × d sum, and systems
-    are solved in their span. The sum is float64: in float32 the rounding of the large energies
-    would hide energies below 1e-7 of them. Not centred, since A h ≈ 0 includes the mean of h.
+    are solved in their span. The sum is float64, on a GPU too: in float32 the rounding of the
+    large energies would hide energies below 1e-8 of them (docs/speed.md). Not centred, since
+    A h ≈ 0 includes the mean of h.
     """
 
     count: int
@@ -39,6 +40,10 @@ class Moment:
     def gram(self) -> Float[Tensor, "d d"]:
         """Σ x xᵀ in float64; computed at each call if `data` holds vectors."""
         return _gram(self.data) if self.is_rows else self.data
+
+    def to(self, device: torch.device | str) -> Moment:
+        """The statistic in the memory of this device."""
+        return Moment(self.count, self.data.to(device))
 
     def __add__(self, other: Moment) -> Moment:
         count = self.count + other.count

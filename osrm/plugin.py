@@ -215,10 +215,10 @@ def _factors(peft_model: PeftModel, adapter_name: str) -> dict[str, tuple[Tensor
 
 
 def _prepared(batches: Iterable[Any], model: Any, task: str) -> Iterator[Any]:
-    """The batches as a transformers model and `osrm.features.token_mask` need them.
+    """The batches as a transformers model and `osrm.features.pool` need them.
 
     Labels are removed, since another task's may not fit this head, unless a decoder reads them.
-    Encoder inputs as long as the decoder's are padded by one: `token_mask` tells them by length.
+    Encoder inputs as long as the decoder's are padded by one: `pool` tells them by length.
     """
     hub = isinstance(model, PreTrainedModel)
     decodes = hub and model.config.is_encoder_decoder and model.can_generate()

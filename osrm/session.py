@@ -98,4 +98,6 @@ class Session:
         pad_to = key["max_seq_len"] if key["count_padding"] else None
         encoded = self.encoded(TASKS[key["task"]], examples)
         batches = feature_batches(encoded, self.tokenizer, self.batch_size, pad_to)
-        return task_features(key, model, modules, batches, path=path)
+        file = task_features(key, model, modules, batches, path=path)
+        file.device = self.device
+        return file

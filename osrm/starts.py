@@ -88,13 +88,13 @@ STARTS = {row.name: row for row in _ROWS}
 def draw(
     name: str, problem: Problem, generator: Generator, norm: float | None = None
 ) -> Float[Tensor, "rank d"]:
-    """A in float32, its rows of that norm; ValueError if the rank is not in 1..d, or on NaN."""
+    """A in float32 on the CPU, its rows of that norm; ValueError on a rank not in 1..d, or NaN."""
     if not 1 <= problem.rank <= problem.d:
         raise ValueError(f"rank {problem.rank} is not in 1..{problem.d}")
     A = STARTS[name].draw(problem, generator)
     if norm is not None:
         A = torch.nn.functional.normalize(A, dim=1) * norm
-    return A.to(torch.float32)
+    return A.to("cpu", torch.float32)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def starts(
     leaders: Mapping[str, str],
     others: Collection[str],
 ) -> dict[str, dict[str, Float[Tensor, "rank d"]]]:
-    """{task: {module: A}}; one layer's statistics are in memory at a time.
+    """{task: {module: A}}; one layer's statistics are in memory at a time, on their device.
 
     If the start looks at features, modules of one rank that read one input share one A; otherwise
     each has its own, as in PEFT.

@@ -14,6 +14,8 @@ from osrm.errors import UserError
 
 Factors = tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]
 """(B, A) with B A = ΔW."""
+Device = torch.device | str | None
+"""A device; None: where the tensor is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,10 @@ class LoraPair:
     def factors(self, dtype: torch.dtype) -> Factors:
         """(scaling · B, A) in this type."""
         return self.scaling * self.B.to(dtype), self.A.to(dtype)
+
+    def to(self, device: Device) -> LoraPair:
+        """The pair in the memory of this device."""
+        return LoraPair(self.A.to(device), self.B.to(device), self.scaling)
 
     def scaled(self, weight: float) -> LoraPair:
         """The pair of weight · ΔW."""
@@ -132,16 +138,21 @@ class TaskVectors(Lazy[Tensor]):
 
 
 @torch.no_grad()
-def dense(update: Update) -> Tensor:
-    """The update in float32."""
+def dense(update: Update, device: Device = None) -> Tensor:
+    """The update in float32, where it is or on this device."""
     if isinstance(update, LoraPair):
-        return update.delta
-    return (update if isinstance(update, Tensor) else update()).float()
+        return update.to(device).delta
+    return (update if isinstance(update, Tensor) else update()).to(device).float()
 
 
-def deltas(updates: Mapping[str, Update]) -> Lazy[Tensor]:
-    """The updates in float32, each made dense when it is looked up."""
-    return Lazy(updates, lambda name: dense(updates[name]))
+def on(device: Device, update: Update) -> LoraPair | Tensor:
+    """The update on this device: a pair as it is, any other dense in float32."""
+    return update.to(device) if isinstance(update, LoraPair) else dense(update, device)
+
+
+def deltas(updates: Mapping[str, Update], device: Device = None) -> Lazy[Tensor]:
+    """The updates in float32, each made dense when it is looked up; see `dense`."""
+    return Lazy(updates, lambda name: dense(updates[name], device))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import signal
 import tempfile
@@ -32,6 +33,7 @@ from osrm.seeds import derive_seed
 logger = logging.getLogger(__name__)
 
 UNFINISHED = "unfinished"  # the file that names the checkpoint that is being written
+LOOK = 8  # steps from one look at what only the device knows to the next; each look waits for it
 
 
 def enable_checkpointing(model: PeftModel) -> None:
@@ -67,8 +69,8 @@ class EpochOrder(Sampler[int]):
 class TaskTrainer(Trainer, TrainerCallback):
     """The Trainer with `EpochOrder`; it recognises an interrupted checkpoint, and may stop early.
 
-    All processes stop at one step: after a loss that is not finite, or after a signal. Then there
-    is a checkpoint, from which --resume continues to the same result.
+    All processes stop at one step, after a loss that is not finite or after a signal, within `LOOK`
+    steps. After a signal there is a checkpoint, from which --resume continues to the same result.
     """
 
     def __init__(self, signals: list[int], **options: Any) -> None:
@@ -77,7 +79,8 @@ class TaskTrainer(Trainer, TrainerCallback):
         # Every loss is a mean over its batch. The Trainer does not believe it of some models, and
         # would add up accumulated batches and multiply by the number of processes.
         self.model_accepts_loss_kwargs = False
-        self.signals, self.finite = signals, torch.tensor(True)
+        self.signals = signals
+        self.broken = torch.tensor(math.inf)  # the first step whose loss is not finite
         self.first_step = 0.0  # when it began, in seconds since 1970
         self.add_callback(self)
 
@@ -87,7 +90,8 @@ class TaskTrainer(Trainer, TrainerCallback):
     def training_step(self, *args: Any, **options: Any) -> Tensor:
         """The Trainer's; also notes a loss that is not finite, without waiting for the device."""
         loss = super().training_step(*args, **options)
-        self.finite = self.finite.to(loss.device) & loss.isfinite()
+        broken, step = self.broken.to(loss.device), self.state.global_step + 1
+        self.broken = torch.where(loss.isfinite(), broken, broken.clamp(max=step))
         return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -111,20 +115,23 @@ class TaskTrainer(Trainer, TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Raises Diverged or Interrupted."""
-        seen = torch.tensor([0.0, max(self.signals, default=0)], device=self.finite.device)
-        seen[0] = ~self.finite
-        if processes.count() > 1:
+        alone, ends = processes.count() == 1, state.epoch == int(state.epoch or 0)
+        if not (ends or state.global_step % LOOK == 0 or (alone and self.signals)):
+            return
+        number = self.broken.new_tensor(max(self.signals, default=0))
+        seen = torch.stack([-self.broken, number])
+        if not alone:
             dist.all_reduce(seen, dist.ReduceOp.MAX)
-        diverged, number = map(int, seen.tolist())
-        if diverged:
+        step, number = seen.tolist()
+        if math.isfinite(step):
             raise Diverged(
-                f"the loss of step {state.global_step} is not finite, at a peak learning rate of"
+                f"the loss of step {-step:.0f} is not finite, at a peak learning rate of"
                 f" {args.learning_rate:g}; choose a smaller --lr and another --output-dir"
             )
         # At the end of an epoch wait for the evaluation: the checkpoint must have its score.
-        if number and state.epoch != int(state.epoch or 0):
+        if number and not ends:
             self._save_checkpoint(self.model, None)
-            raise Interrupted(number, f"--resume goes on from step {state.global_step}")
+            raise Interrupted(int(number), f"--resume goes on from step {state.global_step}")
 
 
 @contextmanager
@@ -199,6 +206,8 @@ def fit(
         metric_for_best_model=best,
         bf16=model.dtype == torch.bfloat16,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": True},
+        optim="adamw_torch_fused",
         report_to=config.report_to,
         disable_tqdm=False,
         ddp_find_unused_parameters=False,

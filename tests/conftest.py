@@ -62,6 +62,11 @@ from osrm.glue import TASKS
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+
+
 def pytest_collection_finish() -> None:
     """What is imported stays, so that the Trainer's full collections need not look at it.
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from osrm.backbones import projections
 from osrm.bank import COMPARABLE, FeatureFile, check_comparable, read_bank, task_features
 from osrm.errors import UserError
-from osrm.features import collect, pool, recorded_inputs, token_mask
+from osrm.features import TokenMask, collect, pool, recorded_inputs, token_masks
 from osrm.moments import Moment
 from osrm.starts import STARTS, StartConfig, starts
 from tests.conftest import WORDS
@@ -133,7 +133,7 @@ def test_without_a_mask_every_position_counts(features, shape):
     inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     tokens = inputs.numpy().reshape(3, -1, 4)
     expected = tokens.reshape(-1, 4) if features == "token" else tokens.mean(1)
-    np.testing.assert_allclose(pool(inputs, None, features), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(pool(inputs, [], features), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -141,7 +141,7 @@ def test_means_of_half_precision_inputs_are_taken_in_float32(dtype):
     inputs = (torch.rand(2, 500, 3, generator=torch.Generator().manual_seed(0)) + 1).to(dtype)
     mask = torch.arange(500).expand(2, -1) < torch.tensor([[400], [500]])
     expected = [row[keep].double().mean(0) for row, keep in zip(inputs, mask)]
-    found = pool(inputs, mask, "sample")
+    found = pool(inputs, [TokenMask.of(mask)], "sample")
     torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-5, atol=0)
 
 
@@ -170,9 +170,9 @@ MASKS = {
 @pytest.mark.parametrize("case", MASKS)
 def test_the_mask_is_the_one_that_fits(case):
     batch, shape, expected = MASKS[case]
-    found = token_mask(batch, torch.ones(shape))
-    assert (found is None) == (expected is None)
-    assert found is None or (found.dtype == torch.bool and torch.equal(found, expected.bool()))
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    rows = inputs.flatten(0, -2) if expected is None else inputs[expected.bool()]
+    assert torch.equal(pool(inputs, token_masks(batch), "token"), rows)
 
 
 class Convolutional(nn.Module):

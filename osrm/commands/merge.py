@@ -11,6 +11,7 @@ from osrm.checkpoints import checksum
 from osrm.commands.inputs import Inputs, check_base, choose_methods, fit_methods, read_inputs
 from osrm.commands.merger import Merger
 from osrm.config import MergeConfig
+from osrm.devices import find_device
 from osrm.errors import UserError
 from osrm.export import export_adapters, export_model
 from osrm.files import check_output, locked, staged, write_json
@@ -43,7 +44,7 @@ def run(config: MergeConfig) -> None:
         )
     methods = {source.method: source.knobs} if source else choose_methods(config)
     search = {source.method: source.search} if source and source.search else {}
-    directory = Path(config.output_dir)
+    device, directory = find_device(config.device), Path(config.output_dir)
     check_replaceable(directory, config.overwrite)
     inputs = read_inputs(config, source)
     fit_methods(methods, config, inputs)
@@ -56,7 +57,7 @@ def run(config: MergeConfig) -> None:
         check_base(inputs)
     shared = describe(config, inputs)
     with locked(directory), staged(directory) as staging:
-        merger = Merger(inputs, session, shared, staging, methods, search)
+        merger = Merger(inputs, session, shared, staging, methods, search, device)
         merger.save(methods)
         if session and config.search:
             merger.choose(config)

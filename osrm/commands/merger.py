@@ -40,6 +40,7 @@ class Merger:
     methods: dict[str, dict[str, Any]]
     """{method: {knob: value}}; --search changes them."""
     search: dict[str, Search]
+    device: torch.device
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
     """{method: the costs of its last merge, as in `Row`}"""
 
@@ -62,9 +63,9 @@ class Merger:
             )
             reset_peak_memory()
             begin = time.perf_counter()
-            merged = merge(name, vectors, statistics=statistics, dtype=dtype, **knobs)
+            merged = merge(name, vectors, statistics, dtype, device=self.device, **knobs)
             save_merged(directory, merged, heads, recipe)
-            seconds, peak = time.perf_counter() - begin, peak_memory()
+            seconds, peak = time.perf_counter() - begin, peak_memory(self.device.type)
             size = sum(path.stat().st_size for path in (directory / "updates").iterdir()) / 2**20
             self.costs[name] = {"merge_seconds": seconds, "merge_peak_gib": peak, "size_mib": size}
             if statistics is not None and method.needs == "moments":
@@ -129,7 +130,8 @@ def held_out_scores(
     memory: dict[str, Tensor] = {}
     for method, values in by_method.items():
         for scale in grid:
-            with applied(model, MergedUpdate(merged / method, task_name, scale), memory):
+            update = MergedUpdate(merged / method, task_name, scale, session.device)
+            with applied(model, update, memory):
                 title = f"{task_name}: {method}, λ = {scale:g}"
                 metrics = scores(task, session.predict(model, task, examples, title))
             values.append(metrics[f"eval_{task.score}"])

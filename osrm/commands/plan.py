@@ -137,7 +137,8 @@ class Start:
             for task, *sides in own_and_others(moments, self.A, others):
                 for name, moment in zip(energies[task], sides, strict=True):
                     assert moment is not None  # a plan without other tasks is refused
-                    energy = relative_energy(self.A[task][module], moment)
+                    A = self.A[task][module].to(moment.data.device)
+                    energy = relative_energy(A, moment)
                     energies[task][name] += energy / len(modules)
         for task, means in energies.items():
             logger.info(
@@ -179,6 +180,7 @@ def collect_features(plan: Plan, session: Session, model: Any) -> dict[str, Feat
     files = {name: plan.bank[name] for name in names if name in plan.bank}
     for file in files.values():
         check_comparable(file, comparable, modules)
+        file.device = session.device
         logger.info("features of %s: %s", file.path.stem, file.path)
     for name in [name for name in names if name not in files]:
         train = session.data[name].train

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -21,6 +20,7 @@ from osrm.commands.inputs import Inputs
 from osrm.commands.merger import Merger
 from osrm.config import MergeConfig, TrainConfig
 from osrm.data import TaskData, fingerprint, load_task, split_task, validation_splits
+from osrm.devices import find_device
 from osrm.errors import UserError
 from osrm.evaluation import Predictions, scores
 from osrm.files import write_json, write_text
@@ -32,7 +32,7 @@ from osrm.merged import MergedUpdate
 from osrm.merging import METHODS, row
 from osrm.records import RESULTS, Results, Row, record
 from osrm.session import Session
-from osrm.task_vectors import LoraPair, TaskVectors, deltas
+from osrm.task_vectors import LoraPair, deltas, dense
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def open_session(
     session = Session(
         backbone,
         tokenizer,
-        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        find_device(config.device),
         getattr(torch, config.eval_dtype),
         seed=0,  # of new heads; each task's own replaces them
         batch_size=config.per_device_eval_bsz,
@@ -128,9 +128,9 @@ def predict_all(session: Session, merger: Merger) -> RowPredictions:
         for line, by_task in predictions.items():
             update: Mapping[str, Tensor] = {}
             if line in merger.methods:
-                update = MergedUpdate(merger.directory / line, name)
+                update = MergedUpdate(merger.directory / line, name, device=session.device)
             elif line == "individual":
-                update = deltas(checkpoint.updates)
+                update = deltas(checkpoint.updates, session.device)
             with applied(model, update, memory):
                 by_task[name] = session.predict(model, task, splits, f"{name}: {line}")
         del model, memory  # or they would stay beside the next task's
@@ -147,7 +147,7 @@ def score_all(session: Session, merger: Merger, settings: dict[str, dict[str, An
     table = prediction_table(predictions)
     table.to_parquet(directory / "predictions.parquet", compression="zstd")
     for method in merger.methods:
-        merger.costs[method]["kept"] = kept(merger.inputs.vectors, directory / method)
+        merger.costs[method]["kept"] = kept(merger, method)
     # The start of A that the runs share names them in the table.
     inits = {run.args.get("init", "adapters") for run in merger.inputs.checkpoints.values()}
     results = Results(
@@ -193,13 +193,15 @@ def rows(predictions: RowPredictions, merger: Merger) -> list[Row]:
     ]
 
 
-def kept(vectors: TaskVectors, merged: Path) -> float:
+def kept(merger: Merger, method: str) -> float:
     """⟨received, own⟩ / ‖own‖² of the tasks' updates, mean over the tasks."""
-    update = MergedUpdate(merged, vectors.tasks[0])
-    products = torch.zeros(2, len(vectors.tasks), dtype=torch.float64)
-    for module in vectors:
+    vectors, device = merger.inputs.vectors, merger.device
+    update = MergedUpdate(merger.directory / method, vectors.tasks[0], device=device)
+    products = torch.zeros(2, len(vectors.tasks), dtype=torch.float64, device=device)
+    for module, updates in vectors.updates.items():
         part = update.part(module)
-        for task, delta in enumerate(vectors[module]):
+        for task, own in enumerate(updates):
+            delta = dense(own, device)
             products[0, task] += (row(part, task) * delta).sum(dtype=torch.float64)
             products[1, task] += delta.square().sum(dtype=torch.float64)
     return float((products[0] / products[1]).nanmean())
@@ -242,7 +244,7 @@ def diagnose_merges(session: Session, merger: Merger) -> None:
     diagnosis = diagnose(
         updates,
         moments,
-        lambda name: linear_weight(model, name).detach().cpu().float(),
+        lambda name: linear_weight(model, name).detach().float(),
         starts=starts,
         merged={m: {t: MergedUpdate(merged / m, t) for t in checkpoints} for m in merger.methods},
     )

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -33,7 +35,7 @@ def collect_statistics(
         task, train = TASKS[name], session.data[name].train
         model = session.model(task, checkpoint.head)
         key = session.key(model, task, train, **settings, adapter=checksum(checkpoint.path))
-        with applied(model, deltas(checkpoint.updates)):
+        with applied(model, deltas(checkpoint.updates, session.device)):
             if needs == "moments":
                 files.append(session.statistics(model, modules, key, train))
             else:
@@ -41,7 +43,11 @@ def collect_statistics(
         del model  # or it would stay beside the next task's
     if needs == "moments":
         return Lazy(modules, lambda module: [file[module] for file in files])
-    return Lazy(modules, lambda module: torch.stack([file[module] for file in files]))
+
+    def stacked(module: str) -> Float[Tensor, "task out in"]:
+        return torch.stack([file[module] for file in files]).to(session.device)
+
+    return Lazy(modules, stacked)
 
 
 def _fisher(session: Session, key: dict[str, Any], model: Any, modules: list[str]) -> TensorFile:
@@ -50,7 +56,8 @@ def _fisher(session: Session, key: dict[str, Any], model: Any, modules: list[str
 
     def write(path: Path) -> None:
         examples = session.encoded(task, session.data[task.name].train)
-        loader = DataLoader(examples, collate_fn=collator(session.tokenizer))
+        collate = collator(session.tokenizer)
+        loader = DataLoader(examples, collate_fn=collate, pin_memory=torch.cuda.is_available())
         shown = tqdm(loader, desc=f"Fisher information of {task.name}", unit="example")
         information = fisher_information(model, modules, shown)
         TensorFile.save(path, information, {"settings": key})

@@ -23,7 +23,7 @@ from osrm.merging import merge
 from osrm.moments import own_and_others
 from osrm.runs import run_dir, write_args
 from osrm.session import Session
-from osrm.task_vectors import Lazy, LoraPair, TaskVectors, Update, deltas, dense
+from osrm.task_vectors import Lazy, LoraPair, TaskVectors, Update, deltas, dense, on
 from osrm.transforms import factorised, nullify, uniform
 
 
@@ -55,7 +55,8 @@ def transform(plan: Plan, session: Session, tasks: list[GlueTask]) -> None:
     averages = {}
     if len(sources) > 1:
         before = {task: checkpoint.updates for task, checkpoint in sources.items()}
-        averages = {"source_merged_": average(before), "merged_": average(moved)}
+        averages["source_merged_"] = average(before, session.device)
+        averages["merged_"] = average(moved, session.device)
     for task in tasks:
         config, checkpoint, pairs = plan.configs[task.name], sources[task.name], moved[task.name]
         base = session.model(task, checkpoint.head)
@@ -66,7 +67,8 @@ def transform(plan: Plan, session: Session, tasks: list[GlueTask]) -> None:
             "held_out": held_out(checkpoint.args),
         }
         write_args(run_dir(config, task.name), args)
-        updates = {"source_": deltas(checkpoint.updates), "": deltas(pairs), **averages}
+        source, device = checkpoint.updates, session.device
+        updates = {"source_": deltas(source, device), "": deltas(pairs, device), **averages}
         splits = session.encoded_splits(task)
         metrics: dict[str, float] = {}
         for prefix, update in updates.items():
@@ -105,10 +107,11 @@ def move(
         moments = {task: file[members[0]] for task, file in start.features.items()}
         for task, own, others in own_and_others(moments, sources, plan.others):
             assert own is not None and others is not None  # a plan without them is refused
-            updates = {name: sources[task].updates[name] for name in members}
+            device = own.data.device
+            updates = {name: on(device, sources[task].updates[name]) for name in members}
             if config.transform == "project":
                 moved = {
-                    name: LoraPair.project(dense(update), start.A[task][name], scaling)
+                    name: LoraPair.project(dense(update), start.A[task][name].to(device), scaling)
                     for name, update in updates.items()
                 }
             else:
@@ -118,7 +121,7 @@ def move(
                 A = nullify(A, own, others, kappa=config.kappa, epsilon=config.epsilon)
                 parts = zip(members, factors, A.split([len(pair.A) for pair in factors]))
                 moved = {name: replace(pair, A=part) for name, pair, part in parts}
-            pairs[task] |= moved
+            pairs[task] |= {name: pair.to("cpu") for name, pair in moved.items()}
             for name, update in updates.items():
                 for i, version in enumerate((update, moved[name])):
                     for j, moment in enumerate((own, others)):
@@ -126,9 +129,9 @@ def move(
     return pairs, {task: (left[1] / left[0]).nan_to_num(1.0) for task, left in energies.items()}
 
 
-def average(updates: Mapping[str, Mapping[str, Update]]) -> Lazy[Tensor]:
+def average(updates: Mapping[str, Mapping[str, Update]], device: torch.device) -> Lazy[Tensor]:
     """What every task receives of the average of {task: updates}."""
-    merged = merge("average", TaskVectors.stack(updates))
+    merged = merge("average", TaskVectors.stack(updates), device=device)
     return Lazy(merged, lambda name: merged[name][0])
 
 

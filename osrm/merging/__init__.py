@@ -102,9 +102,13 @@ def merge(
     /,
     statistics: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
+    *,
+    device: torch.device | str = "cpu",
     **knobs: Any,
 ) -> Merged:
     """The update that each task receives from the method `name`, computed in float32 or float64.
+
+    It is computed on `device`, where `statistics` are too, one module at a time.
 
     What a method needs to know of all modules is computed here, in passes over `updates`; a module
     is merged anew at each look-up. The factors of `TaskVectors` are never all dense at a time.
@@ -118,7 +122,7 @@ def merge(
         raise UserError(f"merging method {name!r}: it needs {method.needs} as statistics")
     # JSON may write 1.0 as 1.
     knobs |= {knob: float(knobs[knob]) for knob in NUMBERS if knob in knobs}
-    inputs = Inputs(updates, dtype)
+    inputs = Inputs(updates, dtype, device=device)
     weights = knobs.get("weights")
     if weights is not None and len(weights) != len(inputs.tasks):
         raise UserError(f"weights: {len(weights)} of them for {len(inputs.tasks)} tasks")

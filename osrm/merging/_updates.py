@@ -16,8 +16,8 @@ Updates = Mapping[str, Float[Tensor, "task out in"]]
 loop over the modules holds one stack at a time."""
 ROWS = 64
 """The rows of one draw of DARE, so another number changes its results; blocks have a multiple."""
-_BLOCK = 2**21
-"""The entries of a block."""
+_BLOCK, _BLOCK_ON_GPU = 2**21, 2**25
+"""The entries of a block: few enough for a cache, or enough for all of a GPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ def row(part: Part, task: int) -> Float[Tensor, "out in"]:
     if isinstance(part, LoraPair):
         return part.dense(part.B.dtype)
     if isinstance(part, Masked):
-        bits = part.mask[task, :, None] >> torch.arange(8, dtype=torch.uint8) & 1
+        bits = part.mask[task, :, None] >> _places(part.mask) & 1
         chosen = bits.flatten()[: part.unified.numel()].view_as(part.unified)
         return part.rescaler[task] * chosen * part.unified
     return part if part.ndim == 2 else part[task]
@@ -53,22 +53,33 @@ def pack(mask: Tensor) -> UInt8[Tensor, "task bytes"]:
     """The bits of (task, ...) true and false, padded with false."""
     bits = mask.flatten(1).to(torch.uint8)
     bits = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8)).unflatten(1, (-1, 8))
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
+    return (bits << _places(bits)).sum(2, dtype=torch.uint8)
+
+
+def _places(bits: Tensor) -> UInt8[Tensor, "8"]:
+    return torch.arange(8, dtype=torch.uint8, device=bits.device)
 
 
 class Inputs(Lazy[Tensor]):
-    """Every task's update of every module, dense or as factors, in one float type."""
+    """Every task's update of every module, dense or as factors, in one float type, on a device."""
 
-    def __init__(self, updates: Updates, dtype: torch.dtype, tasks: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        updates: Updates,
+        dtype: torch.dtype,
+        tasks: Sequence[str] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
         """`tasks` are the names; by default those of `TaskVectors`, or else numbers."""
-        super().__init__(updates, lambda name: updates[name].to(dtype))
-        self.dtype, self._vectors = dtype, updates if isinstance(updates, TaskVectors) else None
+        super().__init__(updates, lambda name: updates[name].to(device, dtype))
+        self.dtype, self.device = dtype, torch.device(device)
+        self._vectors = updates if isinstance(updates, TaskVectors) else None
         names = self._vectors.tasks if self._vectors else tasks
         self.tasks = tuple(names or map(str, range(len(next(iter(updates.values()))))))
 
     def like(self, compute: Callable[[str], Float[Tensor, "task out in"]]) -> Inputs:
         """Other stacks of the same tasks and modules."""
-        return Inputs(Lazy(self, compute), self.dtype, self.tasks)
+        return Inputs(Lazy(self, compute), self.dtype, self.tasks, self.device)
 
     def blocks(self, name: str) -> Iterator[tuple[slice, Float[Tensor, "task rows in"]]]:
         """The stack in blocks of rows, each a copy; of factors, one block at a time is dense."""
@@ -76,7 +87,8 @@ class Inputs(Lazy[Tensor]):
         factors = [pair.factors(self.dtype) for pair in pairs]
         stack = torch.empty(0) if pairs else self[name]
         out, width = pairs[0].shape if pairs else stack.shape[1:]
-        step = max(1, _BLOCK // max(1, len(self.tasks) * width * ROWS)) * ROWS
+        entries = _BLOCK if self.device.type == "cpu" else _BLOCK_ON_GPU
+        step = max(1, entries // max(1, len(self.tasks) * width * ROWS)) * ROWS
         for start in range(0, max(1, out), step):
             rows = slice(start, min(start + step, out))
             if pairs:
@@ -89,7 +101,7 @@ class Inputs(Lazy[Tensor]):
         if pairs := self._pairs(name):
             return [pair.factors(torch.float64) for pair in pairs]
         deltas = self[name].double()
-        unit = torch.eye(min(deltas.shape[1:]), dtype=deltas.dtype)
+        unit = torch.eye(min(deltas.shape[1:]), dtype=deltas.dtype, device=self.device)
         wide = deltas.shape[1] < deltas.shape[2]
         return [(unit, delta) if wide else (delta, unit) for delta in deltas]
 
@@ -99,8 +111,9 @@ class Inputs(Lazy[Tensor]):
             weighted = [pair.scaled(w) for w, pair in zip(weights, pairs, strict=True)]
             B, A = zip(*(pair.factors(self.dtype) for pair in weighted))
             return LoraPair(torch.cat(A), torch.cat(B, 1), scale)
-        w = torch.tensor(weights, dtype=self.dtype)
+        w = torch.tensor(weights, dtype=self.dtype, device=self.device)
         return scale * torch.einsum("t,toi->oi", w, self[name])
 
     def _pairs(self, name: str) -> tuple[LoraPair, ...]:
-        return self._vectors.pairs(name) if self._vectors else ()
+        pairs = self._vectors.pairs(name) if self._vectors else ()
+        return tuple(pair.to(self.device) for pair in pairs)

@@ -15,11 +15,12 @@ from osrm.task_vectors import Lazy
 class Dropped(Inputs):
     """Each entry is zero with probability `drop_rate`; the others are divided by 1 - drop_rate.
 
-    The draws depend on the seed and the names of task and module alone, not on order or blocks.
+    The draws depend on the seed and the names of task and module alone, not on order or blocks;
+    they are the CPU's on every device.
     """
 
     def __init__(self, updates: Inputs, drop_rate: float, seed: int) -> None:
-        super().__init__(updates, updates.dtype, updates.tasks)
+        super().__init__(updates, updates.dtype, updates.tasks, updates.device)
         self.whole, self.drop_rate, self.seed = updates, drop_rate, seed
 
     def __getitem__(self, name: str) -> Float[Tensor, "task out in"]:
@@ -35,7 +36,7 @@ class Dropped(Inputs):
                     seed = int.from_bytes(hashlib.sha256(label).digest()[:8], "little")
                     draws = torch.rand(entries.shape, generator=torch.Generator().manual_seed(seed))
                     entries.copy_(draws >= self.drop_rate)
-            yield rows, block * kept / (1 - self.drop_rate)
+            yield rows, block * kept.to(self.device) / (1 - self.drop_rate)
 
 
 def dare_linear(
@@ -48,7 +49,8 @@ def dare_linear(
 ) -> Parts:
     """λ Σ_t w_t DARE(τ_t): task arithmetic after the drops; w is 1 by default."""
     dropped = Dropped(updates, drop_rate, seed)
-    given = torch.tensor(weights or [1.0] * len(updates.tasks), dtype=updates.dtype)
+    weights = weights or [1.0] * len(updates.tasks)
+    given = torch.tensor(weights, dtype=updates.dtype, device=updates.device)
 
     def merged(name: str) -> Float[Tensor, "out in"]:
         blocks = dropped.blocks(name)

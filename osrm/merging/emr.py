@@ -14,7 +14,7 @@ def emr(updates: Inputs) -> Parts:
     their paper divides the sums over all entries. A task that agrees nowhere gets zero. The
     updates are read once before the first look-up.
     """
-    means = torch.zeros(2, len(updates.tasks), dtype=torch.float64)
+    means = torch.zeros(2, len(updates.tasks), dtype=torch.float64, device=updates.device)
     for name in updates:
         entries, sums = 0, torch.zeros_like(means)
         for _, deltas in updates.blocks(name):

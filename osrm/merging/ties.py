@@ -39,19 +39,22 @@ def ties(
     @cache
     def majority(names: tuple[str, ...]) -> int:
         limit = threshold(names)
-        balance = sum(int(sign.sum()) for name in names for _, sign in elect(name, limit))
-        return (balance > 0) - (balance < 0)
+        balance = torch.zeros((), dtype=torch.int64, device=updates.device)
+        for name in names:
+            for _, sign in elect(name, limit):
+                balance += sign.sum()
+        return int(balance.sign())
 
     def merged(name: str, fallback: int | None = None) -> Float[Tensor, "out in"]:
         names = tuple(updates) if trim == "global" else (name,)
-        means, cancel = [], False
+        means, cancel = [], torch.tensor(False, device=updates.device)
         for trimmed, sign in elect(name, threshold(names)):
             undecided = (sign == 0) & (trimmed != 0).any(0)
-            cancel = cancel or bool(undecided.any())
-            sign[undecided] = fallback or 0
+            cancel = cancel | undecided.any()
+            sign.masked_fill_(undecided, fallback or 0)
             agrees = trimmed * sign > 0
             means.append(scale * ((trimmed * agrees).sum(0) / agrees.sum(0).clamp(min=1)))
-        if cancel and fallback is None:  # The majority needs other modules, after this one's stack.
+        if fallback is None and cancel:  # The majority needs other modules, after this one's stack.
             return merged(name, majority(names))
         return torch.cat(means)
 
@@ -68,12 +71,12 @@ def trim_threshold(updates: Inputs, names: Sequence[str], density: float) -> Flo
     """
     bits = torch.finfo(updates.dtype).bits
     integers = {32: torch.int32, 64: torch.int64}[bits]
-    prefix = rank = torch.zeros(len(updates.tasks), dtype=torch.int64)
+    prefix = rank = torch.zeros(len(updates.tasks), dtype=torch.int64, device=updates.device)
     for shift in range(bits - DIGIT, -1, -DIGIT):
         first = shift == bits - DIGIT
-        counts = torch.zeros(len(prefix), 2**DIGIT, dtype=torch.int64)
+        counts = prefix.new_zeros(len(prefix), 2**DIGIT)
         for _, deltas in (block for name in names for block in updates.blocks(name)):
-            for count, delta, above in zip(counts, deltas, prefix.tolist(), strict=True):
+            for count, delta, above in zip(counts, deltas, prefix, strict=True):
                 upper = delta.abs().flatten().view(integers) >> shift
                 if not first:
                     upper = upper[upper >> DIGIT == above] & (2**DIGIT - 1)
