@@ -19,7 +19,7 @@ import torch
 from transformers import RobertaConfig
 
 from osrm.files import write_json
-from osrm.measure import environment, reset_peak_memory
+from osrm.measure import environment, peak_memory, reset_peak_memory
 
 TASKS = ("mrpc", "qnli", "qqp", "rte", "sst2", "mnli", "cola", "stsb")
 
@@ -72,20 +72,23 @@ def machine() -> str:
 
 @dataclass
 class Cost:
-    """Seconds, and the peak of the process's resident memory in GiB."""
+    """Seconds, and the peak memory in GiB: of the GPU, or the process's resident memory."""
 
     seconds: float = 0.0
     peak: float = 0.0
 
 
 @contextmanager
-def measured() -> Iterator[Cost]:
-    """Yield a cost that is filled in when the block ends."""
-    cost = Cost()
+def measured(device: str = "cpu") -> Iterator[Cost]:
+    """Yield a cost that is filled in when the block, and the device's work, ends."""
+    cost, wait = Cost(), torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
     reset_peak_memory()
     begin = time.perf_counter()
     yield cost
-    cost.seconds, cost.peak = time.perf_counter() - begin, resident("VmHWM")
+    wait()
+    cost.seconds = time.perf_counter() - begin
+    cost.peak = peak_memory("cuda") if device == "cuda" else resident("VmHWM")
 
 
 def in_new_process(threads: int, function: Callable[..., Any], *arguments: Any) -> tuple[Any, Cost]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from common import flags, in_new_process, parse, report, resident, roberta_config, table
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForSequenceClassification, LlamaConfig, PretrainedConfig
 
 from osrm.adapters import add_lora
 from osrm.backbones import projections
@@ -56,50 +56,63 @@ def growth(function: Callable[..., Any], *arguments: Any) -> float:
     return resident("VmHWM") - before
 
 
-def random_model(name: str, dtype: str) -> Any:
+def random_model(config: PretrainedConfig, dtype: str, device: str = DEVICE) -> Any:
     """The backbone with a head of two labels."""
-    with torch.device(DEVICE):
-        return AutoModelForSequenceClassification.from_config(
-            MODELS[name], dtype=getattr(torch, dtype)
-        )
+    with torch.device(device):
+        return AutoModelForSequenceClassification.from_config(config, dtype=getattr(torch, dtype))
 
 
-def random_batch(examples: int, length: int) -> dict[str, Tensor]:
+def random_batch(examples: int, length: int, device: str) -> dict[str, Tensor]:
     """Full examples of random tokens."""
-    ids = torch.randint(3, 1000, (examples, length), device=DEVICE)
+    ids = torch.randint(3, 1000, (examples, length), device=device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def train(name: str, dtype: str, batch: tuple[int, int], checkpoint: bool) -> None:
-    """One step of train_glue.py: LoRA on q and v, AdamW."""
-    base = random_model(name, dtype)
+def step(base: Any, batch: tuple[int, int], checkpoint: bool) -> Callable[[], None]:
+    """One step of train_glue.py, to be repeated: LoRA on q and v, AdamW."""
     model = add_lora(base, projections(base, "qv", RANK), RANK, 2 * RANK)
     model.train()
     if checkpoint:
         enable_checkpointing(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
-        logits = model(**random_batch(*batch)).logits
-        loss = torch.nn.functional.cross_entropy(logits, logits.new_zeros(len(logits)).long())
-    loss.backward()
-    optimizer.step()
+    optimizer, kind = torch.optim.AdamW(trained, fused=True), base.device.type
+    inputs = random_batch(*batch, kind)
+
+    def run() -> None:
+        with torch.autocast(kind, torch.bfloat16, enabled=base.dtype == torch.bfloat16):
+            logits = model(**inputs).logits
+            loss = torch.nn.functional.cross_entropy(logits, logits.new_zeros(len(logits)).long())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def statistics(model: Any, batch: tuple[int, int], features: str = "token") -> None:
+    """One task's statistics of a hundred examples."""
+    examples, length = batch
+    batches = (
+        random_batch(min(examples, 100 - first), length, model.device.type)
+        for first in range(0, 100, examples)
+    )
+    collect(model, projections(model, "qv", RANK), batches, features=features)
+
+
+def train(name: str, dtype: str, batch: tuple[int, int], checkpoint: bool) -> None:
+    """One step of a new model."""
+    step(random_model(MODELS[name], dtype), batch, checkpoint)()
 
 
 def collect_statistics(name: str, dtype: str, batch: tuple[int, int], features: str) -> None:
-    """One task's statistics of a hundred examples."""
-    examples, length = batch
-    model = random_model(name, dtype)
-    batches = (
-        random_batch(min(examples, 100 - first), length) for first in range(0, 100, examples)
-    )
-    collect(model, projections(model, "qv", RANK), batches, features=features)
+    """The statistics of a new model."""
+    statistics(random_model(MODELS[name], dtype), batch, features)
 
 
 @torch.no_grad()
 def score(name: str, dtype: str, batch: tuple[int, int]) -> None:
     """A forward pass of an evaluation."""
-    random_model(name, dtype).eval()(**random_batch(*batch))
+    random_model(MODELS[name], dtype).eval()(**random_batch(*batch, DEVICE))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -71,10 +71,13 @@ def release_means(
     model: nn.Module, modules: Sequence[str], examples: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """The release's features: batches of one, padded to 128 tokens, the padding counted."""
-    sums = {name: torch.zeros(model.get_submodule(name).in_features) for name in modules}
+    device = next(model.parameters()).device
+    widths = {name: model.get_submodule(name).in_features for name in modules}
+    sums = {name: torch.zeros(width, device=device) for name, width in widths.items()}
     with recorded_inputs(model, modules) as (inputs, leaders):
         for example in examples:
-            model(**padded([example], LONGEST))
+            batch = padded([example], LONGEST)
+            model(**{name: tensor.to(device) for name, tensor in batch.items()})
             for name, leader in leaders.items():
                 sums[name] = sums[name] + inputs[leader].mean(dim=1).mean(dim=0)
             inputs.clear()
@@ -123,34 +126,40 @@ def record(procedure: str, features: Cost, subspaces: Cost) -> dict[str, Any]:
     }
 
 
-def roberta(args: argparse.Namespace) -> None:
-    """Both procedures in both precisions, in one process, in turn."""
+def both_procedures(
+    width: int, layers: int, samples: int, dtypes: Sequence[str], device: str = "cpu"
+) -> Iterator[dict[str, Any]]:
+    """Ours and the release's in these precisions, in one process, in turn."""
     torch.manual_seed(0)
-    width, layers = args.width or 1024, args.layers or 24
-    model = RobertaModel(roberta_config(width, layers), add_pooling_layer=False).eval()
-    data = draw_examples(args.samples, torch.Generator().manual_seed(0))
+    model = RobertaModel(roberta_config(width, layers), add_pooling_layer=False).eval().to(device)
+    data = draw_examples(samples, torch.Generator().manual_seed(0))
     modules = [
         f"encoder.layer.{layer}.attention.self.{part}"
         for layer in range(layers)
         for part in ("query", "value")
     ]
     shapes = dict.fromkeys(modules, (RANK, width))
-    runs = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in dtypes:
         model = model.to(getattr(torch, dtype))
         release_means(model, modules, data["cola"][:1])  # warm up
-        with measured() as features:
+        with measured(device) as features:
             moments, leaders = our_moments(model, modules, data)
-        with measured() as subspaces:
+        with measured(device) as subspaces:
             given = {"features": moments, "leaders": leaders, "others": data}
             starts(StartConfig("analytical"), shapes, data, **given)
-        runs.append(record(f"ours, {dtype}", features, subspaces))
+        yield record(f"ours, {dtype}", features, subspaces)
         del moments
-        with measured() as features:
+        with measured(device) as features:
             means = {task: release_means(model, modules, data[task]) for task in data}
-        with measured() as subspaces:
+        with measured(device) as subspaces:
             release_starts(means, RANK)
-        runs.append(record(f"release, {dtype}", features, subspaces))
+        yield record(f"release, {dtype}", features, subspaces)
+
+
+def roberta(args: argparse.Namespace) -> None:
+    """Both procedures in both precisions."""
+    dtypes = ("float32", "bfloat16")
+    runs = [*both_procedures(args.width or 1024, args.layers or 24, args.samples, dtypes)]
     columns = {
         "procedure": "{procedure}",
         "features, s": "{features:.1f}",
@@ -173,7 +182,9 @@ def spectrum(d: int) -> Tensor:
     return torch.from_numpy(np.sort(np.exp(values)))
 
 
-def synthetic_moments(d: int, tasks: Sequence[str], seed: int) -> dict[str, Moment]:
+def synthetic_moments(
+    d: int, tasks: Sequence[str], seed: int, device: str = "cpu"
+) -> dict[str, Moment]:
     """One layer's statistics: a spectrum that all tasks share, and directions of each task's own.
 
     S = D + F Fᵀ. D has the eigenvalues of `spectrum`, each times a lognormal factor of the task
@@ -187,29 +198,38 @@ def synthetic_moments(d: int, tasks: Sequence[str], seed: int) -> dict[str, Mome
         factors = torch.randn(d, generator=generator, dtype=torch.float64)
         F = torch.randn(d, 32, generator=generator, dtype=torch.float64)
         F *= (common / d).sqrt()[:, None]
-        data = torch.diag(common * (0.3 * factors).exp()).addmm_(F, F.T)
+        F = F.to(device)
+        data = torch.diag((common * (0.3 * factors).exp()).to(device)).addmm_(F, F.T)
         count = d + 1000 * (index + 1)
         moments[task] = Moment(count, data.mul_(count))
     return moments
 
 
-def llama(args: argparse.Namespace) -> None:
-    """All problems of these layers, one layer after the other; making statistics is not timed."""
-    layers, width = args.layers or LLAMA_LAYERS, args.width or 4096
+def subspaces(layers: int, width: int, device: str = "cpu") -> dict[str, Cost]:
+    """{start: the cost of one problem} of these layers, one after the other.
+
+    Making the statistics is not timed.
+    """
     costs = {init: Cost() for init in COMPARED}
     for layer in range(layers):
         modules = [f"layers.{layer}.self_attn.{part}_proj" for part in "qkv"]
         leaders, shapes = dict.fromkeys(modules, modules[0]), dict.fromkeys(modules, (RANK, width))
-        moments = synthetic_moments(width, TASKS, layer)
+        moments = synthetic_moments(width, TASKS, layer, device)
         features = {task: dict.fromkeys(modules, moment) for task, moment in moments.items()}
         for init in COMPARED:
-            with measured() as cost:
+            with measured(device) as cost:
                 given = {"features": features, "leaders": leaders, "others": TASKS}
                 starts(StartConfig(init), shapes, TASKS, **given)
             costs[init].seconds += cost.seconds / layers / len(TASKS)
             costs[init].peak = max(costs[init].peak, cost.peak)
         print(f"layer {layer + 1} of {layers}: {costs}", flush=True)
         del moments, features
+    return costs
+
+
+def llama(args: argparse.Namespace) -> None:
+    """The problems of these layers."""
+    costs = subspaces(args.layers or LLAMA_LAYERS, args.width or 4096)
     problems = LLAMA_LAYERS * len(TASKS)
     runs = [
         {"start": init, "seconds": cost.seconds, "all": cost.seconds * problems, "peak": cost.peak}

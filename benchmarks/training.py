@@ -29,14 +29,19 @@ RATE, EPOCHS, RANK, ALPHA, BATCH, LENGTH = 2e-3, 2, 8, 16, 32, 128
 HELD_OUT = 200
 
 
-def measure(arm: str, task: str, dtype: str, seed: int, examples: int) -> dict[str, float]:
-    """{"examples_per_second", "score"} of one run; the score is the held-out one that selects."""
+def measure(
+    arm: str, task: str, dtype: str, seed: int, examples: int, **options: Any
+) -> dict[str, float]:
+    """{"examples_per_second", "score"} of one run; the score is the held-out one that selects.
+
+    `options` are other flags of train_glue.py.
+    """
     from osrm.commands.plan import make_plan
     from osrm.config import TrainConfig
 
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
-            backbone="minilm",
+            **{"backbone": "minilm", **options},
             tasks=[task],
             init="gaussian",
             rank=RANK,
@@ -73,10 +78,13 @@ def peer(arm: str, plan: Any, folder: str) -> dict[str, float]:
     from osrm.commands.plan import open_session
     from osrm.glue import task_metrics
     from osrm.seeds import derive_seed
+    from osrm.training import enable_checkpointing
 
     session, (task,) = open_session(plan), plan.tasks
     low = session.dtype == torch.bfloat16
     model = with_lora(plan.config, task, session.model(task), rank=RANK, alpha=ALPHA)
+    if plan.config.gradient_checkpoint:
+        enable_checkpointing(model)
     data = session.tokenized(task)
     padding = {"padding": "max_length", "max_length": LENGTH} if arm == "release" else {}
     trainer = Trainer(

@@ -206,7 +206,7 @@ def fit(
         metric_for_best_model=best,
         bf16=model.dtype == torch.bfloat16,
         dataloader_pin_memory=torch.cuda.is_available(),
-        accelerator_config={"non_blocking": True},
+        accelerator_config={"non_blocking": torch.cuda.is_available()},
         optim="adamw_torch_fused",
         report_to=config.report_to,
         disable_tqdm=False,

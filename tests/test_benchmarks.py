@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Trainer
 
+from osrm import embedded
 from osrm.checkpoints import load_adapters
 from osrm.data import batches_by_length
 from osrm.merged import MergedUpdate
@@ -20,6 +22,7 @@ sys.path.append(str(BENCHMARKS))  # as for a script there
 
 import common  # noqa: E402
 import evaluation  # noqa: E402
+import gpu  # noqa: E402
 import memory  # noqa: E402
 import merging  # noqa: E402
 import starts  # noqa: E402
@@ -134,6 +137,50 @@ def test_a_process_of_its_own_has_its_own_peak():
 
 def test_memory_grows_by_what_is_held():
     assert memory.growth(torch.zeros, 2**26) == pytest.approx(0.25, rel=0.02)
+
+
+# ----------------------------------------------------------------- a GPU
+
+
+def test_all_that_a_gpu_should_be_measured_with_runs(capsys, tmp_path, monkeypatch):
+    """At toy sizes and on a CPU; a part that is finished is not run again."""
+    flags = ["--quick", "--device", "cpu", "--repeats", "1", "--threads", "1", "--jobs", "2"]
+    flags += ["--output", str(tmp_path)]
+    gpu.main(flags)
+    counts = {"study": 3, "roberta": 6, "llama": 4, "merging": 4}
+    records = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in gpu.PARTS}
+    for part, record in records.items():
+        assert record["machine"] and record["environment"]["torch"]
+        assert len(record["rows"]) == counts[part]
+        for row in record["rows"]:
+            assert all(value > 0 for value in row.values() if isinstance(value, float)), row
+    both = [row["averages"] for row in records["study"]["rows"] if "averages" in row]
+    assert [row.keys() for row in both] == 2 * [{"pre-trained", "individual", "task_arithmetic"}]
+    printed = capsys.readouterr().out
+    assert printed.count("\n| ") == 2 * len(counts) + sum(counts.values())
+
+    def never(_):
+        raise AssertionError("it is finished")
+
+    monkeypatch.setattr(gpu, "PARTS", dict.fromkeys(gpu.PARTS, never))
+    gpu.main(flags)
+    rows = re.findall(r"^\| .*$", printed, re.MULTILINE)
+    assert re.findall(r"^\| .*$", capsys.readouterr().out, re.MULTILINE) == rows
+
+
+def test_what_travels_is_a_cache_of_the_model_in_bfloat16(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: (tmp_path / "wheels").mkdir())
+    sizes = dict(gpu.pack(tmp_path))
+    assert sizes.keys() == {tmp_path / "cache", tmp_path / "wheels"}
+    assert 40 * 2**20 < sizes[tmp_path / "cache"] < 57 * 2**20
+    original = load_file(embedded.minilm() / "model.safetensors")
+    data = sorted(path.name for path in embedded.mini_glue().iterdir())
+    monkeypatch.setenv("OSRM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("osrm.embedded.archives.fetch", None)
+    packed = load_file(embedded.minilm() / "model.safetensors")
+    assert packed.keys() == original.keys()
+    assert all(torch.equal(packed[name], original[name].bfloat16()) for name in original)
+    assert sorted(path.name for path in embedded.mini_glue().iterdir()) == data
 
 
 # ------------------------------------------------- evaluation and training

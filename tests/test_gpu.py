@@ -99,28 +99,34 @@ def generator() -> torch.Generator:
 D, RANK = 64, 4
 
 
-def planted(seed: int, count: int = 4 * D) -> tuple[Tensor, Tensor]:
-    """Vectors whose energies go from 1 down to 1e-10 of the largest, and the axes of these."""
+def planted(seed: int, count: int = 4 * D) -> Tensor:
+    """Vectors whose energies go from 1 down to 1e-10 of the largest, on axes of the seed."""
     axes = torch.linalg.qr(gaussian(D, D, seed=seed).double())[0]
     energies = torch.logspace(0, -10, D, dtype=torch.float64)
     rows = gaussian(count, D, seed=seed + 1).double() * energies.sqrt()
-    return (rows @ axes.T).float(), axes
+    return (rows @ axes.T).float()
 
 
-def test_energies_a_millionth_of_a_millionth_are_seen(gpu):
-    """The minor subspace has the least energy of all, by numpy in float64: 1e-10 of the largest."""
-    rows, _ = planted(0)
-    A = minor_subspace(Moment.of(rows.to(gpu.device)), RANK, generator())
+def test_energies_far_below_the_largest_are_seen(gpu):
+    """The minor subspace has the least energy of all, by numpy in float64: 1e-10 of the largest.
+
+    With float32 sums it has a hundred times as much.
+    """
+    rows = planted(0)
     S = np.float64(rows.numpy()).T @ np.float64(rows.numpy())
-    least = np.linalg.eigvalsh(S)
-    energy = np.trace(host(A).numpy() @ S @ host(A).numpy().T)
-    assert least[:RANK].sum() < 1e-9 * least[-1]
-    assert energy == pytest.approx(least[:RANK].sum(), rel=1e-3)
+    values = np.linalg.eigvalsh(S)
+    least = values[:RANK].sum()
+    assert least < 1e-9 * values[-1]
+
+    A = host(minor_subspace(Moment.of(rows.to(gpu.device)), RANK, generator())).numpy()
+    assert np.trace(A @ S @ A.T) == pytest.approx(least, rel=1e-3)
+    A = np.linalg.eigh(np.float64((rows.T @ rows).numpy()))[1][:, :RANK].T
+    assert np.trace(A @ S @ A.T) > 100 * least
 
 
 @pytest.mark.parametrize("count", [D // 2, 2 * D])
 def test_statistics_add_subtract_multiply_and_invert(gpu, count):
-    rows, more = planted(0, count)[0], planted(1, D // 2)[0]
+    rows, more = planted(0, count), planted(1, D // 2)
     here = Moment.of(rows) + Moment.of(more)
     there = Moment.of(rows.to(gpu.device)) + Moment.of(more).to(gpu.device)
     assert there.data.device.type == gpu.device.type
@@ -139,7 +145,7 @@ def projector(A: Tensor) -> Tensor:
 
 
 def test_subspaces(gpu):
-    own, others = (Moment.of(planted(seed)[0]) for seed in (0, 5))
+    own, others = (Moment.of(planted(seed)) for seed in (0, 5))
     own_there, others_there = own.to(gpu.device), others.to(gpu.device)
     gpu.waits.clear()
     minor = minor_subspace(others_there, RANK, generator())
@@ -156,7 +162,7 @@ def test_subspaces(gpu):
 @pytest.mark.parametrize("init", STARTS)
 def test_starts(gpu, init):
     """A begins on a GPU's machine as it does elsewhere, and the random ones to the last bit."""
-    moments = {name: Moment.of(planted(seed)[0]) for seed, name in enumerate("abc")}
+    moments = {name: Moment.of(planted(seed)) for seed, name in enumerate("abc")}
     layers, names = {"layer": (RANK, D)}, list("abc")
 
     def draw(device) -> dict:
@@ -175,7 +181,7 @@ def test_starts(gpu, init):
 
 
 def test_transforms(gpu):
-    A, own, others = gaussian(RANK, D), Moment.of(planted(0)[0]), Moment.of(planted(5)[0])
+    A, own, others = gaussian(RANK, D), Moment.of(planted(0)), Moment.of(planted(5))
     settings = {"kappa": 0.3, "epsilon": 1e-2}
     there = A.to(gpu.device), own.to(gpu.device), others.to(gpu.device)
     assert_near(nullify(*there, **settings), nullify(A, own, others, **settings), 1e-5)
@@ -434,16 +440,18 @@ def test_training_looks_at_the_device_once_in_some_steps(tiny, tiny_data, tmp_pa
     }
 
 
-def test_the_optimizer_is_fused_and_copies_do_not_block(tiny, tiny_data, tmp_path, monkeypatch):
+def test_the_optimizer_is_fused_and_a_gpu_is_not_waited_for(
+    real, tiny, tiny_data, tmp_path, monkeypatch
+):
     seen = {}
 
     def on_train_begin(self, *_, optimizer, **__):
         seen["fused"] = all(group["fused"] for group in self.optimizer.param_groups)
-        seen["blocks"] = not self.accelerator.non_blocking
+        seen["copies"] = self.accelerator.non_blocking, self.args.dataloader_pin_memory
 
     monkeypatch.setattr(TaskTrainer, "on_train_begin", on_train_begin)
     train(small(tiny, tiny_data, tmp_path, tasks=["rte"], epochs=1))
-    assert seen == {"fused": True, "blocks": False}
+    assert seen == {"fused": True, "copies": (real == "cuda", real == "cuda")}
 
 
 def test_a_run_resumes_to_the_same_loss(real, tiny, tiny_data, tmp_path, monkeypatch):
