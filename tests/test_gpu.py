@@ -110,7 +110,7 @@ def planted(seed: int, count: int = 4 * D) -> Tensor:
 def test_energies_far_below_the_largest_are_seen(gpu):
     """The minor subspace has the least energy of all, by numpy in float64: 1e-10 of the largest.
 
-    With float32 sums it has a hundred times as much.
+    With float32 sums it has more than ten times as much.
     """
     rows = planted(0)
     S = np.float64(rows.numpy()).T @ np.float64(rows.numpy())
@@ -121,7 +121,7 @@ def test_energies_far_below_the_largest_are_seen(gpu):
     A = host(minor_subspace(Moment.of(rows.to(gpu.device)), RANK, generator())).numpy()
     assert np.trace(A @ S @ A.T) == pytest.approx(least, rel=1e-3)
     A = np.linalg.eigh(np.float64((rows.T @ rows).numpy()))[1][:, :RANK].T
-    assert np.trace(A @ S @ A.T) > 100 * least
+    assert np.trace(A @ S @ A.T) > 10 * least
 
 
 @pytest.mark.parametrize("count", [D // 2, 2 * D])
