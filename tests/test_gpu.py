@@ -368,7 +368,13 @@ def test_diagnosis(gpu):
             task: dict.fromkeys(weights, Moment.of(gaussian(40, 20, seed=seed)).to(device))
             for seed, task in enumerate(TASK_NAMES)
         }
-        return diagnose(updates, moments, lambda name: weights[name].to(device)).record()
+        return diagnose(
+            updates,
+            moments,
+            lambda name: weights[name].to(device),
+            starts={task: dict.fromkeys(weights, gaussian(3, 20)) for task in updates},
+            merged={"one": {task: weights for task in updates}},
+        ).record()
 
     found, expected = numbers(measure(gpu.device)), numbers(measure("cpu"))
     assert len(found) > 100
