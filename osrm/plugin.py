@@ -31,7 +31,9 @@ from osrm.backbones import fingerprint_tensors
 from osrm.bank import FeatureFile, check_comparable, open_features, task_features
 from osrm.errors import UserError
 from osrm.features import evaluating
+from osrm.moments import Moment
 from osrm.starts import STARTS, StartConfig, starts
+from osrm.task_vectors import Lazy
 
 Source: TypeAlias = "FeatureFile | str | os.PathLike[str] | Iterable[Any]"
 """A task's batches (mappings of the model's arguments, or its one tensor), or its bank file."""
@@ -132,9 +134,14 @@ def get_osrm_state_dict(
                 needed[name] = collect_osrm_features(peft_model, source, path, task=name, **common)
         layers = {name: (len(A), A.shape[1]) for name, (A, _) in factors.items()}
         leaders = needed[others[0]].leaders if others else {}
+        device = next(iter(factors.values()))[0].device
+
+        def on_device(file: FeatureFile) -> Lazy[Moment]:
+            return Lazy(file, lambda module: file[module].to(device))
+
+        read = {name: on_device(file) for name, file in needed.items()}
         config = StartConfig(method, **options)
-        A = starts(config, layers, [task], features=needed, leaders=leaders, others=others)
-        return A[task]
+        return starts(config, layers, [task], features=read, leaders=leaders, others=others)[task]
 
 
 def collect_osrm_features(
