@@ -65,7 +65,7 @@ def prepare(name: str, tasks: list[str], examples: int, folder: Path) -> Timed:
     data = {}
     for task in tasks:
         part = load_task(TASKS[task], "mini-glue", validation_only=True)["validation"]
-        part = part.select(range(examples))
+        part = part.head(examples)
         data[task] = TaskData(part, part, {"": part})
     return Timed(
         *(backbone, tokenizer, torch.device("cpu"), torch.float32),

@@ -12,13 +12,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset, DatasetDict
 from pandas.errors import ParserWarning
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, StackDataset
+from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
 
 from osrm import embedded, processes
@@ -27,6 +26,7 @@ from osrm.errors import UserError, first_line
 from osrm.glue import TASKS, GlueTask
 
 HUB_DATA = "nyu-mll/glue"
+Splits = Mapping[str, pd.DataFrame]  # {name: examples, with a column for each text and the label}
 
 # All columns are text, because "NA" and "7" are sentences too; the first column is no index.
 _read_csv = partial(pd.read_csv, dtype=str, keep_default_na=False, index_col=False)
@@ -42,9 +42,7 @@ def available_tasks(data_dir: str | None) -> list[str]:
     return [name for name in TASKS if (Path(data_dir) / name).is_dir()]
 
 
-def load_task(
-    task: GlueTask, data_dir: str | None, validation_only: bool = False
-) -> dict[str, Dataset]:
+def load_task(task: GlueTask, data_dir: str | None, validation_only: bool = False) -> Splits:
     """{"train", "validation"[, "validation_mm"]} of a task, without "train" if `validation_only`.
 
     `data_dir` is a folder (see --data-dir), "mini-glue" for the embedded data, None for the hub.
@@ -54,8 +52,9 @@ def load_task(
     splits |= {f"validation{end}": split for end, split in task.validation_splits.items()}
     if data_dir is None:
         source = f"{HUB_DATA} {task.name}"
+        hub = _datasets(source)
         try:
-            stored = datasets.load_dataset(HUB_DATA, task.name)
+            stored = _frames(hub.load_dataset(HUB_DATA, task.name))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{source} is neither on the hub nor cached here ({first_line(error)}); give"
@@ -78,20 +77,32 @@ def load_task(
     return loaded
 
 
-def _load_folder(folder: Path, splits: Iterable[str]) -> Mapping[str, Dataset]:
+def _datasets(source: str) -> Any:
+    """The package; nothing but the hub's data and save_to_disk folders needs it."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{source}: {first_line(error)}; pip install datasets") from None
+    return datasets
+
+
+def _frames(stored: Any) -> Splits:
+    for split in stored.values():
+        split.data.validate(full=True)  # wrong offsets would crash Python later
+    return {name: split.to_pandas() for name, split in stored.items()}
+
+
+def _load_folder(folder: Path, splits: Iterable[str]) -> Splits:
     if (folder / "dataset_dict.json").exists():
+        saved = _datasets(str(folder)).DatasetDict
         with _readable(folder, "a save_to_disk folder"):
-            # In memory: otherwise datasets caches what is derived from it in the user's folder.
-            saved = DatasetDict.load_from_disk(str(folder), keep_in_memory=True)
-            for split in saved.values():
-                split.data.validate(full=True)  # wrong offsets would crash Python later
-            return saved.with_format(None)  # all columns, as Python's objects
-    stored: dict[str, Dataset] = {}
+            return _frames(saved.load_from_disk(str(folder), keep_in_memory=True))
+    stored: dict[str, pd.DataFrame] = {}
     for split, (ending, read) in product(splits, READERS.items()):
         path = folder / f"{split}.{ending}"
         if split not in stored and path.exists():
             with _readable(path, ending):
-                stored[split] = Dataset.from_pandas(read(path), preserve_index=False)
+                stored[split] = read(path)
     return stored
 
 
@@ -106,20 +117,19 @@ def _readable(path: Path, kind: str) -> Iterator[None]:
         raise UserError(f"{problem}; fix it, or save it again") from None
 
 
-def _checked(task: GlueTask, dataset: Dataset, where: str) -> Dataset:
-    """The task's columns of the dataset: texts that are text, labels in range."""
+def _checked(task: GlueTask, frame: pd.DataFrame, where: str) -> pd.DataFrame:
+    """The task's columns of the frame: texts that are text, labels in range."""
     columns = [*task.fields, "label"]
-    if lacking := [name for name in columns if name not in dataset.column_names]:
+    if lacking := [name for name in columns if name not in frame]:
         problem = f"lacks the column {', '.join(lacking)}; {task.name} has {', '.join(columns)}"
         raise UserError(f"{where}: {problem}")
-    if not len(dataset):
+    if frame.empty:
         raise UserError(f"{where}: holds no examples")
-    dataset = dataset.select_columns(columns)
-    values = pd.Series(dataset["label"][:], dtype=object)
+    values = frame["label"].astype(object)
     labels = pd.to_numeric(values, errors="coerce").to_numpy(np.float64)  # NaN: no number
     checks: dict[str, tuple[object, Any]] = {}
     for name in task.fields:
-        checks[name] = "text", [isinstance(text, str) for text in dataset[name][:]]
+        checks[name] = "text", [isinstance(text, str) for text in frame[name]]
     if task.labels:
         checks["label"] = dict(enumerate(task.labels)), np.isin(labels, range(len(task.labels)))
     else:
@@ -127,24 +137,34 @@ def _checked(task: GlueTask, dataset: Dataset, where: str) -> Dataset:
     for name, (expected, holds) in checks.items():
         if not all(holds):
             row = list(holds).index(False)
-            problem = f"expected {expected}, found {dataset[row][name]!r}"
+            found = None if frame[name].isna().iloc[row] else frame[name].tolist()[row]
+            problem = f"expected {expected}, found {found!r}"
             raise UserError(f"{where}: row {row}, column '{name}': {problem}")
-    kind = datasets.Value("int64" if task.labels else "float32")
-    dataset = dataset.remove_columns("label")
-    return dataset.add_column("label", labels.astype(kind.dtype), feature=kind)
+    return frame[columns].assign(label=labels.astype(np.int64 if task.labels else np.float32))
+
+
+class Encoded(StackDataset[dict[str, Any]]):
+    """Tokenised examples: `labels`, `input_ids` (tokens,), perhaps `token_type_ids` (tokens,)."""
+
+    datasets: dict[str, Any]  # {column: values}
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of tokens of each example."""
+        return [*map(len, self.datasets["input_ids"])]
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """The examples of one task in one run."""
+    """The examples of one task in one run: frames, or all `Encoded`."""
 
-    train: Dataset
-    selection: Dataset  # chooses the best epoch
-    validation: dict[str, Dataset]  # reported, {suffix of the metrics: split}
+    train: Any
+    selection: Any  # chooses the best epoch
+    validation: Mapping[str, Any]  # reported, {suffix of the metrics: split}
 
 
 def split_task(
-    loaded: Mapping[str, Dataset],
+    loaded: Splits,
     seed: int,
     max_train: int = -1,
     max_selection: int = -1,
@@ -157,61 +177,58 @@ def split_task(
     The held-out examples depend on the seed alone: no run with that seed trains on them.
     """
     validation = validation_splits(loaded, max_validation, seed)
-    train = loaded["train"].shuffle(seed=seed)
+    train = _shuffled(loaded["train"], seed)
     if select_on == "validation":
         return TaskData(_first(train, max_train), validation[""], validation)
     held_out = max(1, len(train) // 10)
     selection = _first(_first(train, held_out), max_selection)
-    rest = train.select(range(held_out, len(train)))
-    return TaskData(_first(rest, max_train), selection, validation)
+    return TaskData(_first(train.iloc[held_out:], max_train), selection, validation)
 
 
-def validation_splits(loaded: Mapping[str, Dataset], most: int, seed: int) -> dict[str, Dataset]:
+def validation_splits(loaded: Splits, most: int, seed: int) -> Splits:
     """{suffix: reported examples}: all, or `most` of them drawn with the seed."""
     splits = {}
     for name, split in loaded.items():
         if name != "train":
-            drawn = split.shuffle(seed=seed) if 0 <= most < len(split) else split
+            drawn = _shuffled(split, seed) if 0 <= most < len(split) else split
             splits[name.removeprefix("validation")] = _first(drawn, most)
     return splits
 
 
-def _first(dataset: Dataset, most: int) -> Dataset:
-    return dataset.select(range(most)) if 0 <= most < len(dataset) else dataset
+def _shuffled(frame: pd.DataFrame, seed: int) -> pd.DataFrame:
+    return frame.iloc[np.random.default_rng(seed).permutation(len(frame))]
 
 
-def tokenize(dataset: Dataset, task: GlueTask, tokenizer: Any, max_seq_len: int) -> Dataset:
-    """Token ids, `labels` and `length` of every example, without padding; truncated on the left."""
+def _first(frame: pd.DataFrame, most: int) -> pd.DataFrame:
+    return frame if most < 0 else frame.head(most)
 
-    def encode(batch: Mapping[str, list]) -> dict[str, Any]:
-        texts = [batch[name] for name in task.fields]
-        options = {"truncation": True, "max_length": max_seq_len, "return_length": True}
-        return {**tokenizer(*texts, **options), "labels": batch["label"]}
 
+def tokenize(frame: pd.DataFrame, task: GlueTask, tokenizer: Any, max_seq_len: int) -> Encoded:
+    """Every example without padding or mask, which the collator adds; truncated on the left."""
+    texts = [frame[name].tolist() for name in task.fields]
+    columns: dict[str, Any] = {"labels": frame["label"].tolist()}
+    options = {"truncation": True, "max_length": max_seq_len, "return_attention_mask": False}
     # A bar for what takes seconds; those of the many small calls would fill the screen.
-    (datasets.disable_progress_bars if len(dataset) <= 20_000 else datasets.enable_progress_bars)()
-    title = f"tokenise {task.name}"
-    return dataset.map(encode, batched=True, remove_columns=dataset.column_names, desc=title)
+    title, quiet = f"tokenise {task.name}", len(frame) <= 20_000
+    for start in tqdm(range(0, len(frame), 1000), title, unit="batch", disable=quiet):
+        tokens = tokenizer(*(column[start : start + 1000] for column in texts), **options)
+        for name, rows in tokens.items():  # arrays: a fifth of a list's memory
+            columns.setdefault(name, []).extend(np.array(row, np.int32) for row in rows)
+    return Encoded(**columns)
 
 
 def collator(tokenizer: Any, pad_to: int | None = None) -> Callable[[list[dict]], Any]:
     """Tokenised examples -> a batch, padded to its longest example (or to `pad_to` tokens)."""
-    padding = "max_length" if pad_to else "longest"
-    pad = DataCollatorWithPadding(tokenizer, padding=padding, max_length=pad_to)
-
-    def collate(examples: list[dict]) -> Any:
-        return pad([{k: v for k, v in row.items() if k != "length"} for row in examples])
-
-    return collate
+    return DataCollatorWithPadding(tokenizer, "max_length" if pad_to else "longest", pad_to)
 
 
 def feature_batches(
-    encoded: Dataset, tokenizer: Any, batch_size: int, pad_to: int | None
+    encoded: Encoded, tokenizer: Any, batch_size: int, pad_to: int | None
 ) -> DataLoader:
     """Batches of examples of similar lengths, without labels; this process's share of them."""
-    batches = batches_by_length(encoded["length"][:], batch_size)
+    batches = batches_by_length(encoded.lengths, batch_size)
     return DataLoader(
-        encoded.remove_columns("labels"),
+        Encoded(**{name: x for name, x in encoded.datasets.items() if name != "labels"}),
         batch_sampler=batches[processes.rank() :: processes.count()],
         collate_fn=collator(tokenizer, pad_to),
         pin_memory=torch.cuda.is_available(),
@@ -229,9 +246,9 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
     return batches
 
 
-def fingerprint(dataset: Dataset) -> str:
+def fingerprint(frame: pd.DataFrame) -> str:
     """A hash of the content, the same for every file format and place."""
     digest = hashlib.sha256()
-    for name in sorted(dataset.column_names):
-        digest.update("\0".join(map(repr, [name, *dataset[name][:]])).encode())
+    for name in sorted(frame):
+        digest.update("\0".join(map(repr, [name, *frame[name].tolist()])).encode())
     return digest.hexdigest()[:16]

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from datasets import Dataset
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from osrm import processes
-from osrm.data import collator
+from osrm.data import Encoded, collator
 from osrm.glue import GlueTask, predicted, task_scores
 
 # {suffix of the metrics: (predicted classes or values (n,), true ones (n,))}
@@ -22,17 +21,17 @@ Predictions = dict[str, tuple[np.ndarray, np.ndarray]]
 
 @torch.no_grad()
 def predict(
-    model: Any, dataset: Dataset, tokenizer: Any, batch_size: int, *, title: str
+    model: Any, encoded: Encoded, tokenizer: Any, batch_size: int, *, title: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (n, labels) and labels (n,) of a tokenised data set, in its order.
+    """Logits (n, labels) and labels (n,) of tokenised examples, in their order.
 
     Several processes share the work, and every one returns the whole result.
     """
-    order = np.argsort(-np.asarray(dataset["length"]), kind="stable")  # least padding
+    order = np.argsort(-np.asarray(encoded.lengths), kind="stable")  # least padding
     count = processes.count()
     # Equal shares, because all processes of a sharded model take part in every forward pass.
     shares = np.resize(order, (-(-len(order) // count), count)).T
-    share = dataset.select(shares[processes.rank()])
+    share = Subset(encoded, shares[processes.rank()].tolist())
     loader = DataLoader(
         share, batch_size, collate_fn=collator(tokenizer), pin_memory=torch.cuda.is_available()
     )
@@ -49,13 +48,13 @@ def predict(
     outputs = np.empty((len(order), parts[0].shape[1]), parts[0].dtype)
     for indices, part in zip(shares, parts, strict=True):
         outputs[indices] = part
-    return outputs, np.asarray(dataset["labels"])
+    return outputs, np.asarray(encoded.datasets["labels"])
 
 
 def predict_splits(
     model: Any,
     task: GlueTask,
-    validation: Mapping[str, Dataset],
+    validation: Mapping[str, Encoded],
     tokenizer: Any,
     *,
     batch_size: int,
@@ -63,9 +62,9 @@ def predict_splits(
 ) -> Predictions:
     """The model's predictions on every validation split, with the true values."""
     predictions = {}
-    for suffix, dataset in validation.items():
+    for suffix, encoded in validation.items():
         bar = title or f"evaluate {task.name}{suffix}"
-        logits, labels = predict(model, dataset, tokenizer, batch_size, title=bar)
+        logits, labels = predict(model, encoded, tokenizer, batch_size, title=bar)
         predictions[suffix] = predicted(task, logits), labels
     return predictions
 

@@ -6,7 +6,7 @@ import os
 import platform
 import resource
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", 
 
 
 def environment() -> dict[str, Any]:
-    """Versions of Python and packages, and the git commit of this code (None outside git)."""
+    """Versions of Python and installed packages, and this code's git commit (None outside git)."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     git = subprocess.run(command, capture_output=True, text=True, check=False)
-    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    return {**versions, "git_commit": git.stdout.strip() or None}
+    python, commit = platform.python_version(), git.stdout.strip() or None
+    versions = {name: each.version for name in PACKAGES for each in [*distributions(name=name)][:1]}
+    return {"python": python, **versions, "git_commit": commit}
 
 
 def reset_peak_memory() -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from pandas import DataFrame
 from torch import Tensor
 from transformers import set_seed
 
 from osrm.backbones import Backbone, body_fingerprint, load_model
 from osrm.bank import FeatureFile, task_features
-from osrm.data import TaskData, feature_batches, fingerprint, tokenize
+from osrm.data import Encoded, TaskData, feature_batches, fingerprint, tokenize
 from osrm.evaluation import Predictions, predict_splits
 from osrm.glue import TASKS, GlueTask
 from osrm.lending import load_head
@@ -46,7 +46,7 @@ class Session:
             load_head(model, head)
         return model
 
-    def encoded(self, task: GlueTask, examples: Dataset) -> Dataset:
+    def encoded(self, task: GlueTask, examples: DataFrame) -> Encoded:
         """The examples as token ids."""
         return tokenize(examples, task, self.tokenizer, self.max_seq_len[task.name])
 
@@ -56,20 +56,20 @@ class Session:
         train, selection = (self.encoded(task, part) for part in (data.train, data.selection))
         return TaskData(train, selection, self.encoded_splits(task))
 
-    def encoded_splits(self, task: GlueTask) -> dict[str, Dataset]:
+    def encoded_splits(self, task: GlueTask) -> dict[str, Encoded]:
         """{suffix of the metrics: token ids} of the task's reported examples."""
         splits = self.data[task.name].validation
         return {suffix: self.encoded(task, split) for suffix, split in splits.items()}
 
     def predict(
-        self, model: Any, task: GlueTask, splits: Mapping[str, Dataset], title: str | None = None
+        self, model: Any, task: GlueTask, splits: Mapping[str, Encoded], title: str | None = None
     ) -> Predictions:
         """What a model with the task's head predicts on `encoded` splits."""
         return predict_splits(
             model, task, splits, self.tokenizer, batch_size=self.batch_size, title=title
         )
 
-    def key(self, model: Any, task: GlueTask, examples: Dataset, **settings: Any) -> dict[str, Any]:
+    def key(self, model: Any, task: GlueTask, frame: DataFrame, **settings: Any) -> dict[str, Any]:
         """All that a statistic of the model on these examples depends on, but for the layers."""
         return {
             "backbone": self.backbone.name,
@@ -78,8 +78,8 @@ class Session:
             **settings,
             "seed": self.seed,
             "task": task.name,
-            "samples": len(examples),
-            "data": fingerprint(examples),
+            "samples": len(frame),
+            "data": fingerprint(frame),
         }
 
     def statistics(
@@ -87,7 +87,7 @@ class Session:
         model: Any,
         modules: list[str],
         key: Mapping[str, Any],
-        examples: Dataset,
+        examples: DataFrame,
         *,
         path: Path | None = None,
     ) -> FeatureFile:

@@ -54,7 +54,7 @@ class EpochOrder(Sampler[int]):
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.lengths = trainer, list(trainer.train_dataset["length"])
+        self.trainer, self.lengths = trainer, trainer.train_dataset.lengths
 
     def __iter__(self) -> Iterator[int]:
         args, epoch = self.trainer.args, int(self.trainer.state.epoch or 0)
@@ -195,7 +195,7 @@ def fit(
         per_device_eval_batch_size=config.per_device_eval_bsz,
         gradient_accumulation_steps=config.grad_accumlate_steps,
         train_sampling_strategy="group_by_length",  # of the selection too
-        remove_unused_columns=False,  # would drop `length`
+        remove_unused_columns=False,  # there are none
         label_names=["labels"],
         eval_strategy="epoch",
         save_strategy="epoch",

@@ -378,6 +378,17 @@ def test_no_hub_for_the_data(refuse, tiny):
     refuse("train_glue.py", ["--backbone", str(tiny["roberta"])], words)
 
 
+@pytest.mark.parametrize(
+    "flags, source", [("", "nyu-mll/glue rte"), ("--data-dir data", "data/rte")]
+)
+def test_no_datasets_for_what_needs_it(refuse, tiny, tmp_path, monkeypatch, flags, source):
+    (tmp_path / "data" / "rte").mkdir(parents=True)
+    broken_save_to_disk(tmp_path / "data")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    argv = ["--backbone", str(tiny["roberta"]), "--tasks", "rte", *flags.split()]
+    refuse("train_glue.py", argv, [f"{source}: ", "; pip install datasets"])
+
+
 # -- checkpoints -------------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -241,7 +241,7 @@ def root(tiny, tiny_data, tmp_path_factory) -> Iterator[Path]:
 def make_good() -> None:
     """A good file of each kind, in the working directory."""
     loaded = load_task(TASKS["rte"], "data")
-    DatasetDict(loaded).save_to_disk("disk/rte")
+    DatasetDict({k: Dataset.from_pandas(v) for k, v in loaded.items()}).save_to_disk("disk/rte")
     shutil.copy(ROOT / "hparams/merge.json", "hparams.json")
     write("epochs.json", {"rte": 1, "sst2": 2})
     write("lrs.json", {"rte": 1e-3, "sst2": 1})

@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -18,6 +18,7 @@ from osrm.data import available_tasks, collator, fingerprint, load_task, split_t
 from osrm.errors import UserError
 from osrm.glue import TASKS, find_tasks, task_metrics, task_scores
 from osrm.metrics import METRICS
+from tests.conftest import WORDS
 
 # -- scores ------------------------------------------------------------------------------------
 
@@ -197,13 +198,13 @@ def test_every_format_gives_the_same_data(tmp_path, task, ending):
     assert list(loaded) == ["train", "validation"]
     assert [len(split) for split in loaded.values()] == [len(frame), 5]
     found = loaded["train"]
-    assert found.column_names == [*TASKS[task].fields, "label"]
+    assert [*found] == [*TASKS[task].fields, "label"]
     for field in TASKS[task].fields:
-        assert found[field][:] == frame[field].tolist()
-    assert found["label"][:] == pytest.approx(frame["label"].tolist())
-    assert found.features["label"].dtype == ("float32" if task == "stsb" else "int64")
+        assert found[field].tolist() == frame[field].tolist()
+    assert found["label"].tolist() == pytest.approx(frame["label"].tolist())
+    assert found["label"].dtype == ("float32" if task == "stsb" else "int64")
     # Nor does a fingerprint know where the data came from.
-    plain = Dataset.from_dict({name: found[name][:] for name in found.column_names})
+    plain = pd.DataFrame({name: found[name].tolist() for name in found})
     assert fingerprint(found) == fingerprint(plain)
 
 
@@ -212,7 +213,7 @@ def test_every_format_gives_the_same_data(tmp_path, task, ending):
 def test_texts_that_all_look_like_numbers(tmp_path, ending, texts):
     frame = pd.DataFrame({"sentence": texts, "label": [0, 1, 0]})
     write(tmp_path / "sst2", ending, {"train": frame, "validation": frame})
-    assert load_task(TASKS["sst2"], str(tmp_path))["train"]["sentence"][:] == texts
+    assert load_task(TASKS["sst2"], str(tmp_path))["train"]["sentence"].tolist() == texts
 
 
 def test_quoted_as_by_other_programs(tmp_path):
@@ -224,7 +225,7 @@ def test_quoted_as_by_other_programs(tmp_path):
             writer = csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\r\n")
             writer.writerows([["sentence", "label"], *((text, "1") for text in ODD_TEXTS)])
     found = load_task(TASKS["sst2"], str(tmp_path))["train"]
-    assert found["sentence"][:] == ODD_TEXTS and set(found["label"]) == {1}
+    assert found["sentence"].tolist() == ODD_TEXTS and set(found["label"]) == {1}
 
 
 def test_nothing_is_written_beside_the_data(tmp_path, tiny):
@@ -255,6 +256,19 @@ def test_a_forged_save_to_disk_folder_is_one_line(tmp_path, offsets, text):
         load_task(TASKS["sst2"], str(tmp_path))
 
 
+def test_the_hubs_data_is_that_of_a_folder(tmp_path, monkeypatch):
+    """With what GLUE has there: labels with names, and a test split without labels."""
+    frame = odd_frame("sst2")
+    write(tmp_path / "sst2", "parquet", {"train": frame, "validation": frame[:5]})
+    splits = {"train": frame, "validation": frame[:5], "test": frame.assign(label=-1)}
+    stored = DatasetDict({name: Dataset.from_pandas(each) for name, each in splits.items()})
+    stored = stored.cast_column("label", ClassLabel(names=["negative", "positive"]))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_: stored)
+    hub, folder = (load_task(TASKS["sst2"], place) for place in (None, str(tmp_path)))
+    assert [*hub] == [*folder] == ["train", "validation"]
+    assert all(hub[split].equals(folder[split]) for split in hub)
+
+
 @pytest.mark.parametrize("mismatched", [True, False])
 def test_mnli_with_and_without_mismatched(tmp_path, mismatched):
     frame = odd_frame("mnli")
@@ -278,14 +292,12 @@ def test_available_tasks(tmp_path, tiny_data):
 # -- splits ------------------------------------------------------------------------------------
 
 
-def numbered(n: int = 100, validation: int = 30) -> dict[str, Dataset]:
+def numbered(n: int = 100, validation: int = 30) -> dict[str, pd.DataFrame]:
     """Every text is its own; labels are sorted, as in a careless file."""
 
-    def split(name: str, count: int) -> Dataset:
+    def split(name: str, count: int) -> pd.DataFrame:
         texts = [f"{name} {i}" for i in range(count)]
-        return Dataset.from_dict(
-            {"sentence": texts, "label": [i * 2 // count for i in range(count)]}
-        )
+        return pd.DataFrame({"sentence": texts, "label": [i * 2 // count for i in range(count)]})
 
     return {"train": split("train", n), "validation": split("validation", validation)}
 
@@ -296,7 +308,7 @@ def test_held_out_examples_are_no_training_examples():
     assert len(train) == 90 and len(held_out) == 10
     assert not train & held_out
     assert train | held_out == set(numbered()["train"]["sentence"])
-    assert data.validation[""]["sentence"][:] == numbered()["validation"]["sentence"][:]
+    assert data.validation[""].equals(numbered()["validation"])
 
 
 @pytest.mark.parametrize("max_train", [0, 1, 7, 50, 89, 90, 91, 10**6, -1])
@@ -322,14 +334,28 @@ def test_truncation_shuffles():
     sizes = (len(data.train), len(data.selection), len(data.validation[""]))
     assert sizes == (20, 5, 12)
     assert set(data.train["label"]) == set(data.validation[""]["label"]) == {0, 1}
-    again, other = (split_task(numbered(), seed, 20).train["sentence"][:] for seed in (0, 1))
-    assert data.train["sentence"][:] == again != other
+    again, other = (split_task(numbered(), seed, 20).train for seed in (0, 1))
+    assert data.train.equals(again) and not data.train.equals(other)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 42, 2**40])
+def test_examples_are_drawn_as_datasets_draws_them(seed):
+    loaded = numbered(97, 31)
+    loaded["train"].index = loaded["train"].index[::-1] + 0.5  # of a file, for what it is worth
+    data = split_task(loaded, seed, 50, max_validation=12)
+    train, validation = (
+        Dataset.from_pandas(loaded[split]).shuffle(seed=seed)["sentence"][:]
+        for split in ("train", "validation")
+    )
+    assert data.selection["sentence"].tolist() == train[:9]
+    assert data.train["sentence"].tolist() == train[9:59]
+    assert data.validation[""]["sentence"].tolist() == validation[:12]
 
 
 def test_selection_on_validation_is_the_release():
     data = split_task(numbered(), seed=1, max_train=20, select_on="validation")
     assert len(data.train) == 20 and set(data.train["label"]) == {0, 1}
-    assert data.selection["sentence"][:] == data.validation[""]["sentence"][:]
+    assert data.selection.equals(data.validation[""])
     whole = split_task(numbered(), seed=1, select_on="validation")
     assert len(whole.train) == 100, "nothing is held out"
 
@@ -347,39 +373,62 @@ def tokenizer(request, tiny):
     return load_tokenizer(find_backbone(str(tiny[request.param])))
 
 
-def sentences(*texts: str) -> Dataset:
-    return Dataset.from_dict({"sentence": list(texts), "label": [i % 2 for i in range(len(texts))]})
+def sentences(*texts: str) -> pd.DataFrame:
+    return pd.DataFrame({"sentence": list(texts), "label": [i % 2 for i in range(len(texts))]})
 
 
 def test_truncation_keeps_the_end(tokenizer):
     data = sentences("cat " * 40 + "film dog", "good film")
     encoded = tokenize(data, TASKS["sst2"], tokenizer, 12)
-    assert encoded["length"][:] == [len(ids) for ids in encoded["input_ids"]]
-    long, short = (tokenizer.decode(ids, skip_special_tokens=True) for ids in encoded["input_ids"])
-    assert encoded["length"][0] == 12 and long.endswith("cat film dog")
-    assert encoded["length"][1] < 12 and short == "good film", "and nothing is padded"
-    assert encoded["labels"][:] == [0, 1]
-    assert "sentence" not in encoded.column_names
+    columns = encoded.datasets
+    assert encoded.lengths == [len(ids) for ids in columns["input_ids"]]
+    long, short = (tokenizer.decode(ids, skip_special_tokens=True) for ids in columns["input_ids"])
+    assert encoded.lengths[0] == 12 and long.endswith("cat film dog")
+    assert encoded.lengths[1] < 12 and short == "good film", "and nothing is padded"
+    assert columns["labels"] == [0, 1]
+    assert "sentence" not in columns
 
 
 def test_both_texts_of_a_pair_are_read(tokenizer):
-    data = Dataset.from_dict({"sentence1": ["good dog"], "sentence2": ["bad cat"], "label": [0]})
+    data = pd.DataFrame({"sentence1": ["good dog"], "sentence2": ["bad cat"], "label": [0]})
     encoded = tokenize(data, TASKS["rte"], tokenizer, 32)
-    text = tokenizer.decode(encoded["input_ids"][0], skip_special_tokens=True)
+    text = tokenizer.decode(encoded[0]["input_ids"], skip_special_tokens=True)
     assert text == "good dog bad cat"
+
+
+def test_every_example_is_tokenised_as_if_it_were_alone(tokenizer):
+    texts = [" ".join(WORDS[: 1 + i % len(WORDS)]) for i in range(2300)]
+    encoded = tokenize(sentences(*texts), TASKS["sst2"], tokenizer, 9)
+    assert len(encoded) == len(texts)
+    for i, text in enumerate(texts):
+        expected = tokenizer(text, truncation=True, max_length=9)["input_ids"]
+        assert encoded[i]["input_ids"].tolist() == expected
+        assert encoded[i]["labels"] == i % 2
 
 
 @pytest.mark.parametrize("pad_to, width", [(None, "longest"), (20, 20)])
 def test_collator(tokenizer, pad_to, width):
-    data = sentences("a dog", "the very old film sleeps")
-    encoded = tokenize(data, TASKS["sst2"], tokenizer, 32)
+    texts = ["a dog", "the very old film sleeps"]
+    encoded = tokenize(sentences(*texts), TASKS["sst2"], tokenizer, 32)
     batch = collator(tokenizer, pad_to)([*encoded])
-    lengths = encoded["length"][:]
-    assert set(batch) >= {"input_ids", "attention_mask", "labels"} and "length" not in batch
+    padding = {"padding": "max_length" if pad_to else "longest", "max_length": pad_to}
+    expected = tokenizer(texts, **padding, return_tensors="pt")
+    assert {*batch} == {*expected, "labels"} == {"input_ids", "attention_mask", "labels"}
+    for name, tensor in expected.items():
+        assert torch.equal(batch[name], tensor) and batch[name].dtype == torch.int64
+    lengths = encoded.lengths
     assert batch["input_ids"].shape == (2, max(lengths) if width == "longest" else width)
     assert batch["attention_mask"].sum(1).tolist() == lengths
     assert batch["attention_mask"][0, : lengths[0]].all(), "padding is on the right"
     assert torch.equal(batch["labels"], torch.tensor([0, 1]))
+
+
+def test_values_of_a_regression_stay_float32(tokenizer, tmp_path):
+    frame = odd_frame("stsb")
+    write(tmp_path / "stsb", "jsonl", {"train": frame, "validation": frame})
+    data = load_task(TASKS["stsb"], str(tmp_path))["train"]
+    batch = collator(tokenizer)([*tokenize(data, TASKS["stsb"], tokenizer, 32)])
+    assert torch.equal(batch["labels"], torch.tensor(frame["label"], dtype=torch.float32))
 
 
 # -- fingerprints ------------------------------------------------------------------------------
@@ -392,8 +441,8 @@ def test_collator(tokenizer, pad_to, width):
         sentences("a dog ", "a cat"),
         sentences("a dog", "a cat", "a dog"),
         sentences("a cat", "a dog"),
-        Dataset.from_dict({"sentence": ["a dog", "a cat"], "label": [0, 0]}),
-        Dataset.from_dict({"sentence1": ["a dog", "a cat"], "label": [0, 1]}),
+        pd.DataFrame({"sentence": ["a dog", "a cat"], "label": [0, 0]}),
+        pd.DataFrame({"sentence1": ["a dog", "a cat"], "label": [0, 1]}),
     ],
     ids=["character", "space", "row", "order", "label", "column"],
 )
@@ -401,7 +450,16 @@ def test_fingerprint_sees_every_change(changed):
     assert fingerprint(changed) != fingerprint(sentences("a dog", "a cat"))
 
 
+def test_fingerprints_of_finished_runs_stay():
+    """They stand in args.json. These are of Python's values in Arrow tables, column by column."""
+    data = sentences("a dog", 'it\'s a "cat" 🙂')
+    assert fingerprint(data) == "18611723338f1d50"
+    values = np.array([3.8, 5], np.float32)
+    data = pd.DataFrame({"sentence1": ["a dog", "x"], "sentence2": ["a", "é"], "label": values})
+    assert fingerprint(data) == "a4ecb4f92ef5fea4"
+
+
 def test_fingerprint_is_of_the_content():
     data = sentences("a dog", "a cat")
-    assert fingerprint(data) == fingerprint(data.select_columns(["label", "sentence"]))
-    assert fingerprint(data) == fingerprint(sentences("x", "y", "a dog", "a cat").select([2, 3]))
+    assert fingerprint(data) == fingerprint(data[["label", "sentence"]])
+    assert fingerprint(data) == fingerprint(sentences("x", "y", "a dog", "a cat").tail(2))

@@ -373,7 +373,7 @@ def test_diagnosis(gpu):
             moments,
             lambda name: weights[name].to(device),
             starts={task: dict.fromkeys(weights, gaussian(3, 20)) for task in updates},
-            merged={"one": {task: weights for task in updates}},
+            merged={"one": dict.fromkeys(updates, weights)},
         ).record()
 
     found, expected = numbers(measure(gpu.device)), numbers(measure("cpu"))

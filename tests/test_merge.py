@@ -183,7 +183,7 @@ def test_every_score_follows_from_the_predictions_that_stand_beside_it(runs, tmp
             data, _ = validation(runs, task)
             part = table[(table.task == task) & (table.split == "")]
             assert part.example.tolist() == list(range(len(data)))
-            assert part.label.tolist() == pytest.approx(data["labels"])
+            assert part.label.tolist() == pytest.approx(data.datasets["labels"])
             kind = int if TASKS[task].labels else float
             predictions, references = (part[name].to_numpy(kind) for name in (row["name"], "label"))
             found = task_scores(TASKS[task], predictions, references)

@@ -1,11 +1,21 @@
-"""What `pip install .` installs: the code, the embedded set's lists, and nothing else."""
+"""What `pip install .` installs, and what runs where a dependency is missing."""
 
+import json
+import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 
-from tests.conftest import ROOT
+import pytest
+
+from osrm import measure
+from osrm.commands.train import train
+from osrm.config import MergeConfig
+from osrm.runs import run_dir
+from tests.conftest import ROOT, small, written
 
 
 def test_an_installation_holds_the_package_alone(tmp_path):
@@ -43,3 +53,62 @@ def test_an_installation_holds_the_package_alone(tmp_path):
     ]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert printed == f"{target}/osrm/__init__.py load_merged\n"
+
+
+# -- without a package -------------------------------------------------------------------------
+
+JOURNEYS = """
+import json, sys
+absent, training, merging = map(json.loads, sys.argv[1:])
+sys.modules.update(dict.fromkeys(absent))
+from osrm.commands.merge import run
+from osrm.commands.train import train
+from osrm.config import MergeConfig, TrainConfig
+train(TrainConfig(**training))
+run(MergeConfig(**merging))
+"""
+
+
+@pytest.mark.parametrize(
+    ("absent", "no_eval"),
+    [(["datasets", "evaluate"], False), (["datasets", "evaluate", "pyarrow"], True)],
+    ids=["datasets", "pyarrow"],
+)
+def test_a_run_on_jsonl_needs_no_datasets(tiny, tiny_data, tmp_path, absent, no_eval):
+    """The same bytes as with everything there. The predictions of a score are a parquet file."""
+    here = small(tiny, tiny_data, tmp_path / "here", init="analytical", epochs=1)
+    train(here)
+    there = replace(here, output_dir=str(tmp_path / "there"))
+    runs = {task: str(run_dir(there, task)) for task in there.tasks}
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    merging = MergeConfig(
+        str(tmp_path / "runs.json"),
+        methods=["average", "ties"],
+        no_eval=no_eval,
+        output_dir=str(tmp_path / "merged"),
+    )
+    words = map(json.dumps, (absent, asdict(there), asdict(merging)))
+    subprocess.run(
+        [sys.executable, "-c", JOURNEYS, *words],
+        cwd=ROOT,
+        env={**os.environ, "OSRM_CACHE": str(tmp_path / "cache")},
+        check=True,
+        capture_output=True,
+    )
+    for task, run in runs.items():
+        name = "adapter_model.safetensors"
+        assert Path(run, name).read_bytes() == (run_dir(here, task) / name).read_bytes()
+        scores, expected = (
+            json.loads((folder / "metrics.json").read_text())
+            for folder in (Path(run), run_dir(here, task))
+        )
+        assert scores["eval_accuracy"] == expected["eval_accuracy"]
+    assert written(tmp_path / "merged" / "ties")
+    assert (tmp_path / "merged" / "results.json").exists() != no_eval
+
+
+def test_a_missing_package_has_no_version(monkeypatch):
+    monkeypatch.setattr(measure, "PACKAGES", ("numpy", "no-such-package", "torch"))
+    found = measure.environment()
+    assert [*found] == ["python", "numpy", "torch", "git_commit"]
+    assert found["torch"] == version("torch")

@@ -4,9 +4,9 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -101,9 +101,7 @@ def test_a_run_leaves_everything_that_it_should(tiny, tiny_data, tmp_path, famil
         dense = AutoModelForSequenceClassification.from_pretrained(directory / "merged_model")
         peft = PeftModel.from_pretrained(base, directory)
         tokenizer = load_tokenizer(find_backbone(str(tiny[family])))
-        data = tokenize(
-            Dataset.from_list(make_examples(task, 9, seed=5)), TASKS[task], tokenizer, 32
-        )
+        data = tokenize(pd.DataFrame(make_examples(task, 9, seed=5)), TASKS[task], tokenizer, 32)
         base.config.pad_token_id = dense.config.pad_token_id
         through_peft, _ = predict(peft, data, tokenizer, 4, title="peft")
         through_dense, _ = predict(dense, data, tokenizer, 4, title="dense")

@@ -184,8 +184,7 @@ def collect_features(plan: Plan, session: Session, model: Any) -> dict[str, Feat
         logger.info("features of %s: %s", file.path.stem, file.path)
     for name in [name for name in names if name not in files]:
         train = session.data[name].train
-        count = config.max_num_samples if config.max_num_samples > 0 else len(train)
-        samples = train.select(range(min(count, len(train))))
+        samples = train.head(config.max_num_samples) if config.max_num_samples > 0 else train
         path = Path(config.feature_bank) / f"{name}.safetensors" if config.feature_bank else None
         key = session.key(model, TASKS[name], samples, **settings)
         files[name] = session.statistics(model, modules, key, samples, path=path)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from osrm import report
@@ -19,7 +18,7 @@ from osrm.checkpoints import Checkpoint
 from osrm.commands.inputs import Inputs
 from osrm.commands.merger import Merger
 from osrm.config import MergeConfig, TrainConfig
-from osrm.data import TaskData, fingerprint, load_task, split_task, validation_splits
+from osrm.data import Splits, TaskData, fingerprint, load_task, split_task, validation_splits
 from osrm.devices import find_device
 from osrm.errors import UserError
 from osrm.evaluation import Predictions, scores
@@ -67,7 +66,7 @@ def open_session(
         loaded = load_task(TASKS[name], chosen["data_dir"], validation_only=only)
         reported = validation_splits(loaded, chosen["max_test_samples"], chosen["seed"])
         chosen |= {"batch_size": config.per_device_eval_bsz, "dtype": config.eval_dtype}
-        train = selection = reported[""].select([])
+        train = selection = reported[""].head(0)
         if config.search:
             selection = held_out_part(name, checkpoint, loaded)
             chosen["held_out_examples"] = len(selection)
@@ -88,7 +87,7 @@ def open_session(
     return session, settings
 
 
-def held_out_part(task: str, checkpoint: Checkpoint, loaded: Mapping[str, Dataset]) -> Dataset:
+def held_out_part(task: str, checkpoint: Checkpoint, loaded: Splits) -> pd.DataFrame:
     """The examples that selected the run's best epoch: neither trained on nor reported.
 
     Raises UserError if there are none, or nothing proves that they are the ones.
@@ -233,8 +232,7 @@ def diagnose_merges(session: Session, merger: Merger) -> None:
     settings = {"features": "token", "count_padding": False}
     moments, starts, updates = {}, {}, {}
     for task, checkpoint in checkpoints.items():
-        reported = session.data[task].validation[""]
-        examples = reported.select(range(min(DIAGNOSED, len(reported))))
+        examples = session.data[task].validation[""].head(DIAGNOSED)
         key = session.key(model, TASKS[task], examples, **settings)
         moments[task] = session.statistics(model, modules, key, examples)
         updates[task] = {name: checkpoint.updates[name] for name in modules}
