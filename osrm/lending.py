@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from osrm.backbones import head_names
+from osrm.backbones import head_tensors
 
 
 @contextmanager
@@ -65,11 +65,15 @@ def _linear_parameter(model: nn.Module, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def load_head(model: Any, head: Mapping[str, Tensor]) -> None:
-    """Put a trained head on the model; raises ValueError if it does not fit exactly."""
-    tops = tuple(f"{name}." for name in head_names(model))
-    own = {name: own for name, own in model.state_dict().items() if name.startswith(tops)}
-    wanted, shapes = ({k: tuple(v.shape) for k, v in state.items()} for state in (own, head))
+def load_head(model: Any, head: Mapping[str, Tensor], new: Collection[str] | None = None) -> None:
+    """Put what was trained and saved beside the update on the model: its head, and other modules.
+
+    `new` are the tensors that must be among it, since the base has none; by default all on top of
+    the body. Raises ValueError if one lacks, or one does not fit.
+    """
+    own, needed = model.state_dict(), head_tensors(model) if new is None else {*new}
+    shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
+    wanted = {name: tuple(own[name].shape) for name in own if name in needed | head.keys()}
     if wanted != shapes:
         raise ValueError(f"the head has {shapes}, the model wants {wanted}")
     for name, tensor in head.items():
