@@ -180,7 +180,7 @@ _HARMLESS = {
     *("peft_version", "revision", "inference_mode", "lora_dropout"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("eva_config", "corda_config", "lora_ga_config", "loftq_config", "qalora_group_size"),
-    "megatron_core",
+    *("megatron_core", "fan_in_fan_out"),
 }
 
 

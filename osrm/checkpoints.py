@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from osrm import checks
 from osrm.adapters import CONFIG, Adapter, read_adapter
 from osrm.backbones import CLASSIFIER, Kind, head_names
 from osrm.errors import UserError
-from osrm.lending import linear_weight, load_head
+from osrm.lending import LINEAR, linear_weight, load_head
 from osrm.runs import ARGS
 from osrm.task_vectors import LoraPair, TaskVectors, Update
 from osrm.tensor_file import opened
@@ -159,7 +160,7 @@ def _read_dense(
     The tensors that are `new`, since the base has none, are the head.
     """
     files, own = tensor_files(path), base.state_dict()
-    linear = {f"{name}.weight" for name, m in base.named_modules() if isinstance(m, nn.Linear)}
+    linear = {f"{name}.weight": m for name, m in base.named_modules() if isinstance(m, LINEAR)}
     # A file holds tied tensors once.
     stored = {own[name].data_ptr() for name in own.keys() & files.keys()}
     absent = sorted(name for name, tensor in own.items() if tensor.data_ptr() not in stored)
@@ -177,7 +178,8 @@ def _read_dense(
         elif name in own and torch.equal(own[name].float().cpu(), tensor):
             continue
         elif name in linear and own[name].shape == tensor.shape:
-            updates[name.removesuffix(".weight")] = _difference(file, name, own[name])
+            transposed = isinstance(linear[name], Conv1D)
+            updates[name.removesuffix(".weight")] = _difference(file, name, own[name], transposed)
         else:
             others.append(name)
     if others:
@@ -186,8 +188,12 @@ def _read_dense(
     return updates, head
 
 
-def _difference(file: Path, name: str, base: Tensor) -> Callable[[], Tensor]:
-    return lambda: read_tensor(file, name).float() - base.float().cpu()
+def _difference(file: Path, name: str, base: Tensor, transposed: bool) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        delta = read_tensor(file, name).float() - base.float().cpu()
+        return delta.T if transposed else delta
+
+    return read
 
 
 def tensor_files(path: Path) -> dict[str, Path]:

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME, cached_file
 
 from osrm.adapters import Adapter, write_adapter
@@ -103,8 +104,11 @@ def export_model(merged: MergedUpdate, directory: Path) -> None:
             return head[name].to(dtype)
         weight = read_tensor(*stored[name]).to(dtype)
         if name in modules:
-            delta = merged[modules[name]]
-            weight = (weight + (delta if weight.ndim == 2 else delta[:, 0])).to(dtype)
+            layer = modules[name]
+            delta = merged[layer]
+            if name.endswith("weight") and isinstance(model.get_submodule(layer), Conv1D):
+                delta = delta.T
+            weight = (weight + delta.reshape(weight.shape)).to(dtype)
         return weight
 
     if wanted.keys() - head.keys() <= stored.keys() and modules.keys() <= wanted.keys():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from osrm.backbones import head_tensors
+
+LINEAR = nn.Linear, Conv1D
+"""The layers that may have an update. GPT-2's Conv1D holds its weight as (in, out)."""
 
 
 @contextmanager
@@ -26,42 +30,45 @@ def applied(
     memory = {} if memory is None else memory
     with ExitStack() as stack:
         for name in update:
-            parameter, delta = _linear_parameter(model, name), update[name]
+            (parameter, layout), delta = _linear_parameter(model, name), update[name]
             own = parameter.data
-            matrix = own.view(len(own), -1)
+            matrix = layout(own)
             if matrix.shape != delta.shape:
                 raise ValueError(f"{name}: update {tuple(delta.shape)} on {tuple(own.shape)}")
             if name not in memory:
                 memory[name] = torch.empty_like(own)
             # Added as float32, whatever the weights are, and rounded once.
             delta = delta.to(own.device, torch.float32)
-            torch.add(matrix, delta, out=memory[name].view(matrix.shape))
+            torch.add(matrix, delta, out=layout(memory[name]))
             stack.callback(setattr, parameter, "data", own)
             parameter.data = memory[name]
         yield
 
 
 def linear_weight(model: nn.Module, name: str) -> Tensor:
-    """The weight of the linear layer `name`, or, for "X.bias", the bias of X as a column (out, 1).
+    """The weight (out, in) of the layer `name`, or, for "X.bias", the bias of X as a column.
 
     It is the model's own memory, not a copy. Raises ValueError if the model lacks it.
     """
-    parameter = _linear_parameter(model, name)
-    return parameter if parameter.ndim == 2 else parameter[:, None]
+    parameter, layout = _linear_parameter(model, name)
+    return layout(parameter)
 
 
-def _linear_parameter(model: nn.Module, name: str) -> Tensor:
+def _linear_parameter(model: nn.Module, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The parameter, and what views a tensor of its shape as (out, in)."""
     layer = name.removesuffix(".bias")
     try:
         module = model.get_submodule(layer)
     except AttributeError:
         module = None
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, LINEAR):
         raise ValueError(f"{type(model).__name__} has no linear layer {layer}")
     parameter = module.weight if layer == name else module.bias
     if parameter is None:
         raise ValueError(f"the linear layer {layer} of {type(model).__name__} has no bias")
-    return parameter
+    if parameter.ndim == 1:
+        return parameter, lambda bias: bias[:, None]
+    return parameter, torch.t if isinstance(module, Conv1D) else lambda weight: weight
 
 
 @torch.no_grad()

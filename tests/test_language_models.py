@@ -14,6 +14,7 @@ import transformers
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from transformers import (
     GemmaConfig,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -43,6 +44,10 @@ MODELS = {
     "qwen2": (Qwen2Config(**GROUPED), "CAUSAL_LM"),
     "gemma": (GemmaConfig(**GROUPED), "CAUSAL_LM"),
     "mistral": (MistralConfig(**GROUPED), "CAUSAL_LM"),
+    "gpt2": (
+        GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=16),
+        "CAUSAL_LM",
+    ),
     "t5": (T5Config(**T5, decoder_start_token_id=0, pad_token_id=0), "SEQ_2_SEQ_LM"),
     "roberta": (RobertaConfig(**SIZES, max_position_embeddings=34), "SEQ_CLS"),
     "vit": (
@@ -194,6 +199,11 @@ def test_one_adapter_of_weight_1_is_itself(family, adapters, tmp_path):
             assert_close(logits(family, model), expected)
 
 
+@pytest.mark.parametrize(
+    "family",
+    ["llama", *(pytest.param(name, marks=pytest.mark.sweep) for name in MODELS if name != "llama")],
+    indirect=True,
+)
 def test_all_methods_are_exported(family, adapters, tmp_path):
     base, paths = adapters
     with pytest.raises(UserError, match=r"--export adapter: .*ties"):  # after all else is there
@@ -255,6 +265,19 @@ def test_a_saved_module_inside_the_body_keeps_its_name(tmp_path):
         expected = logits("llama", summed("llama", base, paths, task))
         for model in load_both("llama", base, out / "task_arithmetic", task):
             assert_close(logits("llama", model), expected)
+
+
+def test_two_names_of_one_base_need_backbone_to_say_so(tmp_path):
+    base = make_base("llama", tmp_path / "base")
+    paths = {task: make_adapter("llama", base, tmp_path / task, 1) for task in ("one", "other")}
+    (tmp_path / "link").symlink_to(base)
+    file = tmp_path / "other" / "adapter_config.json"
+    other = {"base_model_name_or_path": str(tmp_path / "link")}
+    file.write_text(json.dumps(json.loads(file.read_text()) | other))
+    with pytest.raises(UserError, match="two names of one model, give --backbone"):
+        merge_them(paths, tmp_path, methods=["average"], no_eval=True)
+    out = merge_them(paths, tmp_path, methods=["average"], no_eval=True, backbone=base)
+    assert (out / "average" / "recipe.json").exists()
 
 
 def test_adapters_of_different_task_types_are_refused(tmp_path):

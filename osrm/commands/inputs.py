@@ -65,7 +65,7 @@ def read_inputs(config: MergeConfig, recipe: Recipe | None = None) -> Inputs:
     if not config.no_eval:
         for task, checkpoint in checkpoints.items():
             check_task(checkpoint, task)
-    check_bases(checkpoints)
+    check_bases(checkpoints, config.backbone)
     check_kinds(checkpoints, config.no_eval)
     labels = {task: head_labels(task, run, config.no_eval) for task, run in checkpoints.items()}
     names = [config.backbone]
@@ -79,18 +79,24 @@ def read_inputs(config: MergeConfig, recipe: Recipe | None = None) -> Inputs:
     return Inputs(checkpoints, vectors, labels, backbone)
 
 
-def check_bases(checkpoints: Mapping[str, Checkpoint]) -> None:
-    """Refuse updates of different pre-trained models: they cannot be added."""
+def check_bases(checkpoints: Mapping[str, Checkpoint], backbone: str | None) -> None:
+    """Refuse updates of different pre-trained models: they cannot be added.
+
+    With --backbone the user says that different names mean one model.
+    """
     names = {task: checkpoint.base for task, checkpoint in checkpoints.items()}
     prints = {task: run.args.get("body_fingerprint") for task, run in checkpoints.items()}
     # The weights themselves say more than a path, which may differ between machines.
     known = prints if all(prints.values()) else names
     different = {base: task for task, base in known.items() if base}
+    if known is names and backbone:
+        return
     if len(different) > 1:
         first, second, *_ = different.values()
         raise UserError(
             f"tasks '{first}' and '{second}' have different base models ({names[first]},"
-            f" {names[second]}); only updates of one base can be merged"
+            f" {names[second]}); only updates of one base can be merged. If these are two names"
+            " of one model, give --backbone"
         )
 
 
