@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from osrm import checks
-from osrm.backbones import head_names
+from osrm.backbones import CLASSIFIER, TASK_CLASSES, Kind, head_names
 from osrm.errors import UserError
 from osrm.task_vectors import LoraPair, Update
 from osrm.tensor_file import opened
@@ -82,18 +83,33 @@ def save_adapter(model: Any, directory: Path, state: Mapping[str, Tensor] | None
     model.save_pretrained(str(directory), save_embedding_layers=False, state_dict=state)
 
 
-def write_adapter(
-    path: Path, updates: dict[str, LoraPair | Tensor], head: dict[str, Tensor], base: str | None
-) -> None:
-    """Write what `read_adapter` returns: pairs of any ranks above 0, here with scaling 1."""
-    from peft import LoraConfig, TaskType
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter as values."""
 
-    biased = any(isinstance(update, Tensor) for update in updates.values())
-    tensors, ranks = dict(head), {}
-    for name, update in updates.items():
+    updates: Mapping[str, Update]
+    """By layer. A layer X whose lora_B has a bias (PEFT's lora_bias) has a second update, that of
+    its own bias: "X.bias", dense, float32, of shape (out, 1), scaling included."""
+    head: Mapping[str, Tensor]
+    """The tensors of the modules that were trained and saved whole."""
+    saved: tuple[str, ...] = ()
+    """The names of these modules: PEFT's modules_to_save."""
+    base: str | None = None
+    """The base model's name or path."""
+    kind: Kind = CLASSIFIER
+
+
+def write_adapter(path: Path, adapter: Adapter) -> None:
+    """Write what `read_adapter` reads: pairs of any ranks above 0, here with scaling 1."""
+    from peft import LoraConfig
+
+    biased = any(isinstance(update, Tensor) for update in adapter.updates.values())
+    tensors, ranks = dict(adapter.head), {}
+    for name, update in adapter.updates.items():
         if isinstance(update, Tensor):
             tensors[f"{name.removesuffix('.bias')}.lora_B.bias"] = update.flatten()
             continue
+        assert isinstance(update, LoraPair)
         ranks[name] = len(update.A)
         A, B = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
         tensors[B], tensors[A] = update.factors(update.A.dtype)
@@ -102,17 +118,21 @@ def write_adapter(
     largest = max(ranks.values())
     smaller = {name: rank for name, rank in ranks.items() if rank != largest}
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS if head else None,
-        base_model_name_or_path=base,
+        task_type=adapter.kind.task_type,
+        base_model_name_or_path=adapter.base,
         r=largest,
         lora_alpha=largest,
         rank_pattern=smaller,
         alpha_pattern=smaller,
         lora_bias=biased,
         inference_mode=True,
-        modules_to_save=sorted({name.partition(".")[0] for name in head}) or None,
+        modules_to_save=list(adapter.saved) or None,
     )
     config.target_modules = sorted(ranks)  # as in `save_adapter`
+    kind = adapter.kind
+    if kind.model_class:
+        mapping = {"base_model_class": kind.model_class, "parent_library": kind.library}
+        config.auto_mapping = mapping
     config.save_pretrained(str(path))
     named = {_PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(named, path / WEIGHTS)
@@ -141,6 +161,13 @@ _OPTIONS = {
     "lora_bias": checks.optional(checks.flag),
     "modules_to_save": checks.optional(checks.list_of(checks.nonempty)),
     "base_model_name_or_path": checks.optional(checks.text),
+    "task_type": checks.one_of(*TASK_CLASSES),
+    "auto_mapping": checks.optional(
+        checks.Check(
+            '{"base_model_class": name, ...}',
+            lambda value: isinstance(value, dict) and {*map(type, value.values())} <= {str},
+        )
+    ),
 }
 # What must have one of these values.
 _REQUIRED = {
@@ -150,10 +177,10 @@ _REQUIRED = {
 }
 # What changes nothing in scaling · B A.
 _HARMLESS = {
-    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout"),
+    *("peft_version", "revision", "inference_mode", "lora_dropout"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("eva_config", "corda_config", "lora_ga_config", "loftq_config", "qalora_group_size"),
-    "megatron_core",
+    *("megatron_core", "fan_in_fan_out"),
 }
 
 
@@ -181,12 +208,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     return options
 
 
-def read_adapter(directory: Path) -> tuple[dict[str, Update], dict[str, Tensor], str | None]:
-    """The updates by layer, the head's tensors, and the base model's name or path.
+def read_adapter(directory: Path) -> Adapter:
+    """Read a directory that PEFT saved.
 
-    A layer X whose lora_B has a bias (PEFT's lora_bias) has a second update, that of its own bias:
-    "X.bias", dense, float32, of shape (out, 1), scaling included. Raises UserError if this is no
-    LoRA adapter, a damaged one, or one whose update is not scaling · B A.
+    Raises UserError if this is no LoRA adapter, a damaged one, or one whose update is not
+    scaling · B A.
     """
     config = _read_config(directory / CONFIG)
     file, saved = directory / WEIGHTS, config["modules_to_save"] or []
@@ -220,7 +246,10 @@ def read_adapter(directory: Path) -> tuple[dict[str, Update], dict[str, Tensor],
         updates[name] = LoraPair(A[name], B[name], scaling)
         if name in bias:
             updates[f"{name}.bias"] = scaling * bias[name].float()[:, None]
-    return updates, head, config["base_model_name_or_path"] or None
+    mapping = config["auto_mapping"] or {}
+    names = (mapping.get(name) for name in ("base_model_class", "parent_library"))
+    kind = Kind(config["task_type"], *names)
+    return Adapter(updates, head, tuple(saved), config["base_model_name_or_path"] or None, kind)
 
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:

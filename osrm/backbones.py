@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -54,6 +55,75 @@ def find_backbone(name: str) -> Backbone:
     return next((row for row in BACKBONES if row.name == name), Backbone(name, name))
 
 
+TASK_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+    None: "AutoModel",
+}
+"""PEFT's task types, and the classes of transformers that PEFT loads for them."""
+ENDINGS = {
+    "CAUSAL_LM": "LMHeadModel",
+    "SEQ_2_SEQ_LM": "ForConditionalGeneration",
+    "FEATURE_EXTRACTION": "Model",
+}
+"""Other endings of the names of such classes."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a model is for, as PEFT's adapter_config.json says it."""
+
+    task_type: str | None = None
+    model_class: str | None = None
+    """The class, where no task type says it."""
+    library: str | None = None
+    """The module of this class."""
+
+    @classmethod
+    def of(cls, architecture: str) -> Kind:
+        """The kind of a whole model of this class of transformers."""
+        for task_type, auto in TASK_CLASSES.items():
+            endings = auto.removeprefix("AutoModel"), ENDINGS.get(task_type or "")
+            if any(ending and architecture.endswith(ending) for ending in endings):
+                return cls(task_type)
+        return cls(None, architecture, "transformers")
+
+    def __str__(self) -> str:
+        return self.task_type or self.model_class or "without a task_type"
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the head is that of text classification: new, and a task's own."""
+        return self.task_type == "SEQ_CLS"
+
+    def load(
+        self,
+        backbone: Backbone,
+        labels: tuple[str, ...],
+        dtype: torch.dtype | str,
+        device: str | None = None,
+    ) -> tuple[Any, set[str]]:
+        """The base model as this kind, and the tensors that are new because the base lacks them."""
+        if self.classifies:
+            model = load_model(backbone, labels, load_tokenizer(backbone), dtype, device=device)
+            return model, head_tensors(model)
+        name = self.model_class or TASK_CLASSES[self.task_type]
+        cls: Any = getattr(transformers, name, None)
+        if not hasattr(cls, "from_pretrained"):
+            raise UserError(f"the adapters are of a {name}, which transformers does not have")
+        options = {"dtype": dtype, "device_map": device, "output_loading_info": True}
+        model, info = _from_hub(cls.from_pretrained, backbone, **options)
+        return model.eval(), set(info["missing_keys"])
+
+
+CLASSIFIER = Kind("SEQ_CLS")
+"""Text classification: the kind of all that train_glue.py makes."""
+
+
 def load_tokenizer(backbone: Backbone) -> Any:
     """The tokenizer: left truncation, right padding; without a padding token its end token."""
     tokenizer = _from_hub(AutoTokenizer.from_pretrained, backbone)
@@ -94,8 +164,7 @@ def load_model(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    state, tops = model.state_dict(), tuple(f"{name}." for name in head_names(model))
-    head = {name for name in state if name.startswith(tops)}
+    state, head = model.state_dict(), head_tensors(model)
     if other := sorted({name for name, *_ in info["mismatched_keys"]} - head):
         where = f"--backbone {backbone.name}: {backbone.path}"
         raise UserError(f"{where}: config.json gives {other[0]} another shape; get the model again")
@@ -143,6 +212,12 @@ def head_names(model: Any) -> list[str]:
     """The modules on top of the pre-trained body that hold weights: what each task keeps."""
     parts = {name: part for name, part in model.named_children() if [*part.parameters()]}
     return [name for name in parts if name != model.base_model_prefix]
+
+
+def head_tensors(model: Any) -> set[str]:
+    """The names of the tensors in `head_names`."""
+    tops = tuple(f"{name}." for name in head_names(model))
+    return {name for name in model.state_dict() if name.startswith(tops)}
 
 
 def body_fingerprint(model: Any) -> str:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from osrm import checks
-from osrm.adapters import CONFIG, read_adapter
-from osrm.backbones import head_names
+from osrm.adapters import CONFIG, Adapter, read_adapter
+from osrm.backbones import CLASSIFIER, Kind, head_names
 from osrm.errors import UserError
-from osrm.lending import linear_weight, load_head
+from osrm.lending import LINEAR, linear_weight, load_head
 from osrm.runs import ARGS
 from osrm.task_vectors import LoraPair, TaskVectors, Update
 from osrm.tensor_file import opened
@@ -34,16 +35,12 @@ _ARGS = {
 }
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Adapter):
     """One task's fine-tuning: the update of each layer, and the head."""
 
     path: Path
-    updates: dict[str, Update]
-    head: dict[str, Tensor]
-    base: str | None
-    """What the base model is called, as far as the checkpoint knows."""
-    args: dict[str, Any]
+    args: dict[str, Any] = field(default_factory=dict)
     """The args.json of the run; empty if it was not ours."""
 
 
@@ -76,10 +73,14 @@ def named_directories(path: str | Path, tasks: Iterable[str] | None) -> dict[str
     return directories
 
 
-def read_checkpoint(path: Path, load_base: Callable[[str | None], Any]) -> Checkpoint:
+LoadBase = Callable[[str | None, Kind], tuple[Any, Collection[str]]]
+
+
+def read_checkpoint(path: Path, load_base: LoadBase) -> Checkpoint:
     """Read an adapter or a dense checkpoint; raises UserError if it is damaged or of another kind.
 
-    For a dense one `load_base` gives the model of the backbone that args.json names, or of None.
+    For a dense one `load_base` gives what `Kind.load` returns, of the backbone that args.json
+    names, or of None.
     """
     args: dict[str, Any] = {}
     for file in (path / ARGS, path.parent / ARGS):
@@ -88,14 +89,27 @@ def read_checkpoint(path: Path, load_base: Callable[[str | None], Any]) -> Check
             if wrong := checks.problems(args, _ARGS):
                 raise UserError(f"{file}: {'; '.join(wrong)}; train it again")
     if (path / CONFIG).exists():
-        return Checkpoint(path, *read_adapter(path), args)
-    updates, head = _read_dense(path, load_base(args.get("backbone")))
-    return Checkpoint(path, updates, head, args.get("base_model"), args)
+        return Checkpoint(**vars(read_adapter(path)), path=path, args=args)
+    kind = dense_kind(path)
+    base, new = load_base(args.get("backbone"), kind)
+    updates, head = _read_dense(path, base, new)
+    saved = tuple(name for name in head_names(base) if any(n.startswith(f"{name}.") for n in head))
+    return Checkpoint(updates, head, saved, args.get("base_model"), kind, path=path, args=args)
+
+
+def dense_kind(path: Path) -> Kind:
+    """The kind of a whole model, by its config.json; without one, text classification."""
+    file = path / "config.json"
+    config = checks.read_object(file, "checkpoint", "{setting: value}") if file.exists() else {}
+    match config.get("architectures"):
+        case [str(architecture)]:
+            return Kind.of(architecture)
+    return CLASSIFIER
 
 
 def load_adapters(directories: Mapping[str, str | Path]) -> TaskVectors:
     """The stacked updates of {task: directory of a PEFT LoRA adapter}, for `osrm.merge`."""
-    return TaskVectors.stack({task: read_adapter(Path(d))[0] for task, d in directories.items()})
+    return TaskVectors.stack({t: read_adapter(Path(d)).updates for t, d in directories.items()})
 
 
 def check_task(checkpoint: Checkpoint, task: str) -> None:
@@ -105,8 +119,11 @@ def check_task(checkpoint: Checkpoint, task: str) -> None:
         raise UserError(f"{checkpoint.path}: listed as '{task}', but a run of '{own}'")
 
 
-def check_fits(checkpoint: Checkpoint, model: Any) -> None:
-    """Refuse, with a UserError, an update or head that does not fit `model`, the task's."""
+def check_fits(checkpoint: Checkpoint, model: Any, new: Collection[str] | None = None) -> None:
+    """Refuse, with a UserError, an update or head that does not fit `model`, the task's.
+
+    `new` as in `load_head`.
+    """
     fix = "name its base model with --backbone"
     try:
         for name, update in checkpoint.updates.items():
@@ -116,7 +133,7 @@ def check_fits(checkpoint: Checkpoint, model: Any) -> None:
                 where = f"the layer of {model.name_or_path} {wanted}"
                 raise ValueError(f"the update of {name} is {tuple(update.shape)}, {where}")
         fix = "train the head with the adapter"
-        load_head(model, checkpoint.head)
+        load_head(model, checkpoint.head, new)
     except ValueError as error:
         raise UserError(f"{checkpoint.path}: {error}; {fix}") from None
 
@@ -135,15 +152,19 @@ def checksum(path: Path) -> str:
 
 
 @torch.no_grad()
-def _read_dense(path: Path, base: Any) -> tuple[dict[str, Update], dict[str, Tensor]]:
-    """Dense minus base: one update a linear layer that changed; each is read when it is needed."""
+def _read_dense(
+    path: Path, base: Any, new: Collection[str]
+) -> tuple[dict[str, Update], dict[str, Tensor]]:
+    """Dense minus base: one update a linear layer that changed; each is read when it is needed.
+
+    The tensors that are `new`, since the base has none, are the head.
+    """
     files, own = tensor_files(path), base.state_dict()
-    heads = tuple(f"{name}." for name in head_names(base))
-    linear = {f"{name}.weight" for name, m in base.named_modules() if isinstance(m, nn.Linear)}
+    linear = {f"{name}.weight": m for name, m in base.named_modules() if isinstance(m, LINEAR)}
     # A file holds tied tensors once.
     stored = {own[name].data_ptr() for name in own.keys() & files.keys()}
     absent = sorted(name for name, tensor in own.items() if tensor.data_ptr() not in stored)
-    if lacking := [name for name in absent if not name.startswith(heads)]:
+    if lacking := [name for name in absent if name not in new]:
         lacks = f"lacks {len(lacking)} tensors of the base model ({lacking[0]}, ...)"
         raise UserError(f"{path}: {lacks}; it is a checkpoint of another backbone")
     updates: dict[str, Update] = {}
@@ -152,12 +173,13 @@ def _read_dense(path: Path, base: Any) -> tuple[dict[str, Update], dict[str, Ten
         tensor = read_tensor(file, name)
         if tensor.is_complex() or not (tensor := tensor.float()).isfinite().all():
             raise UserError(f"{file}: '{name}' has NaN, infinity or complex numbers; train again")
-        if name.startswith(heads):
+        if name in new:
             head[name] = tensor
         elif name in own and torch.equal(own[name].float().cpu(), tensor):
             continue
         elif name in linear and own[name].shape == tensor.shape:
-            updates[name.removesuffix(".weight")] = _difference(file, name, own[name])
+            transposed = isinstance(linear[name], Conv1D)
+            updates[name.removesuffix(".weight")] = _difference(file, name, own[name], transposed)
         else:
             others.append(name)
     if others:
@@ -166,8 +188,12 @@ def _read_dense(path: Path, base: Any) -> tuple[dict[str, Update], dict[str, Ten
     return updates, head
 
 
-def _difference(file: Path, name: str, base: Tensor) -> Callable[[], Tensor]:
-    return lambda: read_tensor(file, name).float() - base.float().cpu()
+def _difference(file: Path, name: str, base: Tensor, transposed: bool) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        delta = read_tensor(file, name).float() - base.float().cpu()
+        return delta.T if transposed else delta
+
+    return read
 
 
 def tensor_files(path: Path) -> dict[str, Path]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME, cached_file
 
-from osrm.adapters import write_adapter
-from osrm.backbones import find_backbone, load_model, load_tokenizer
+from osrm.adapters import Adapter, write_adapter
+from osrm.backbones import find_backbone, load_tokenizer
 from osrm.checkpoints import DENSE, INDEX, read_tensor, tensor_files
 from osrm.errors import UserError
 from osrm.files import write_json
@@ -22,8 +25,10 @@ from osrm.lending import load_head
 from osrm.merged import MergedUpdate, load_merged
 from osrm.merging import row
 from osrm.merging._factors import product_svd
-from osrm.task_vectors import LoraPair
+from osrm.task_vectors import LoraPair, Update
 
+EXTRAS = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
+"""What a base may have beside its weights, config and tokenizer."""
 SHARD = 2**30  # bytes of an exported model's file at most, but for a larger single tensor
 
 
@@ -37,7 +42,7 @@ def export_adapters(
     "error": ‖lost‖ / ‖ΔW‖ over all layers, "errors": {layer: the same}}. Raises UserError, before
     it writes, if the update is dense or not shared.
     """
-    updates: dict[str, LoraPair | Tensor] = {}
+    updates: dict[str, Update] = {}
     ranks, lost, whole = {}, {}, {}
     for module in tasks[0]:
         part = tasks[0].part(module)
@@ -52,7 +57,10 @@ def export_adapters(
         whole[module] = float(values.square().sum())
         lost[module] = float(values[len(pair.A) :].square().sum())
     for update in tasks:
-        write_adapter(directory / update.task, updates, update.head, update.recipe.base)
+        recipe = update.recipe
+        saved = tuple(recipe.tasks[update.task].saved)
+        adapter = Adapter(updates, update.head, saved, recipe.base, recipe.kind)
+        write_adapter(directory / update.task, adapter)
     return {
         "rank": max(ranks.values()),
         # Of a zero update nothing is lost.
@@ -74,15 +82,15 @@ def _truncated(pair: LoraPair, rank: int | None) -> tuple[LoraPair, Tensor]:
 
 
 def export_model(merged: MergedUpdate, directory: Path) -> None:
-    """Write one task's whole model, of the base's precision, and tokenizer for `from_pretrained`.
+    """Write one task's whole model, of the base's precision, for `from_pretrained`.
 
-    One shard is in memory at a time, unless the base's safetensors files lack some of its tensors.
+    The base's tokenizer and `EXTRAS` stand beside it, if it has them. One shard is in memory at a
+    time, unless the base's safetensors files lack some of its tensors.
     """
-    backbone = find_backbone(merged.backbone)
-    tokenizer = load_tokenizer(backbone)
-    model = load_model(backbone, merged.labels, tokenizer, "auto", device="meta")
+    backbone, kind = find_backbone(merged.backbone), merged.recipe.kind
+    model, new = kind.load(backbone, merged.labels, "auto", "meta")
     head = merged.head
-    load_head(model, head)
+    load_head(model, head, new)
     state = model.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in reversed(state.items())}
     # Tied tensors once, as `from_pretrained` wants them.
@@ -96,8 +104,11 @@ def export_model(merged: MergedUpdate, directory: Path) -> None:
             return head[name].to(dtype)
         weight = read_tensor(*stored[name]).to(dtype)
         if name in modules:
-            delta = merged[modules[name]]
-            weight = (weight + (delta if weight.ndim == 2 else delta[:, 0])).to(dtype)
+            layer = modules[name]
+            delta = merged[layer]
+            if name.endswith("weight") and isinstance(model.get_submodule(layer), Conv1D):
+                delta = delta.T
+            weight = (weight + delta.reshape(weight.shape)).to(dtype)
         return weight
 
     if wanted.keys() - head.keys() <= stored.keys() and modules.keys() <= wanted.keys():
@@ -108,19 +119,27 @@ def export_model(merged: MergedUpdate, directory: Path) -> None:
         logger = logging.getLogger(__name__)
         logger.info("%s: no safetensors of the whole model; it is loaded at once", backbone.path)
         load_merged(merged.directory, merged.task, dtype="auto").save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    try:
+        load_tokenizer(backbone).save_pretrained(directory)
+    except UserError:
+        if kind.classifies:
+            raise
+    for name in EXTRAS:
+        with suppress(OSError):
+            shutil.copy(cached_file(backbone.path, name), directory)
 
 
 def _find_tensors(model: Any, base: Path) -> dict[str, tuple[Path, str]]:
     """{tensor of the model: (file, its name there)} of a base; empty if it has no safetensors."""
     if not any((base / name).exists() for name in (DENSE, INDEX)):
         return {}
-    prefix = f"{model.base_model_prefix}."
+    own, prefix = model.state_dict(), f"{model.base_model_prefix}."
     tensors = {}
     for stored, file in tensor_files(base).items():
-        # A base may have old names of a norm's parameters, and lack the prefix of the body.
+        # A base may have old names of a norm's parameters, and another head, or none.
         name = stored.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
-        tensors[prefix + name.removeprefix(prefix)] = file, stored
+        names = name, prefix + name, name.removeprefix(prefix)
+        tensors[next((n for n in names if n in own), name)] = file, stored
     return tensors
 
 

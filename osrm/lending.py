@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from osrm.backbones import head_names
+from osrm.backbones import head_tensors
+
+LINEAR = nn.Linear, Conv1D
+"""The layers that may have an update. GPT-2's Conv1D holds its weight as (in, out)."""
 
 
 @contextmanager
@@ -26,50 +30,57 @@ def applied(
     memory = {} if memory is None else memory
     with ExitStack() as stack:
         for name in update:
-            parameter, delta = _linear_parameter(model, name), update[name]
+            (parameter, layout), delta = _linear_parameter(model, name), update[name]
             own = parameter.data
-            matrix = own.view(len(own), -1)
+            matrix = layout(own)
             if matrix.shape != delta.shape:
                 raise ValueError(f"{name}: update {tuple(delta.shape)} on {tuple(own.shape)}")
             if name not in memory:
                 memory[name] = torch.empty_like(own)
             # Added as float32, whatever the weights are, and rounded once.
             delta = delta.to(own.device, torch.float32)
-            torch.add(matrix, delta, out=memory[name].view(matrix.shape))
+            torch.add(matrix, delta, out=layout(memory[name]))
             stack.callback(setattr, parameter, "data", own)
             parameter.data = memory[name]
         yield
 
 
 def linear_weight(model: nn.Module, name: str) -> Tensor:
-    """The weight of the linear layer `name`, or, for "X.bias", the bias of X as a column (out, 1).
+    """The weight (out, in) of the layer `name`, or, for "X.bias", the bias of X as a column.
 
     It is the model's own memory, not a copy. Raises ValueError if the model lacks it.
     """
-    parameter = _linear_parameter(model, name)
-    return parameter if parameter.ndim == 2 else parameter[:, None]
+    parameter, layout = _linear_parameter(model, name)
+    return layout(parameter)
 
 
-def _linear_parameter(model: nn.Module, name: str) -> Tensor:
+def _linear_parameter(model: nn.Module, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The parameter, and what views a tensor of its shape as (out, in)."""
     layer = name.removesuffix(".bias")
     try:
         module = model.get_submodule(layer)
     except AttributeError:
         module = None
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, LINEAR):
         raise ValueError(f"{type(model).__name__} has no linear layer {layer}")
     parameter = module.weight if layer == name else module.bias
     if parameter is None:
         raise ValueError(f"the linear layer {layer} of {type(model).__name__} has no bias")
-    return parameter
+    if parameter.ndim == 1:
+        return parameter, lambda bias: bias[:, None]
+    return parameter, torch.t if isinstance(module, Conv1D) else lambda weight: weight
 
 
 @torch.no_grad()
-def load_head(model: Any, head: Mapping[str, Tensor]) -> None:
-    """Put a trained head on the model; raises ValueError if it does not fit exactly."""
-    tops = tuple(f"{name}." for name in head_names(model))
-    own = {name: own for name, own in model.state_dict().items() if name.startswith(tops)}
-    wanted, shapes = ({k: tuple(v.shape) for k, v in state.items()} for state in (own, head))
+def load_head(model: Any, head: Mapping[str, Tensor], new: Collection[str] | None = None) -> None:
+    """Put what was trained and saved beside the update on the model: its head, and other modules.
+
+    `new` are the tensors that must be among it, since the base has none; by default all on top of
+    the body. Raises ValueError if one lacks, or one does not fit.
+    """
+    own, needed = model.state_dict(), head_tensors(model) if new is None else {*new}
+    shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
+    wanted = {name: tuple(own[name].shape) for name in own if name in needed | head.keys()}
     if wanted != shapes:
         raise ValueError(f"the head has {shapes}, the model wants {wanted}")
     for name, tensor in head.items():

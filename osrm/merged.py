@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from osrm.backbones import find_backbone, load_model, load_tokenizer
+from osrm.backbones import find_backbone
 from osrm.errors import UserError
 from osrm.files import staged, write_json, write_text
 from osrm.lending import linear_weight, load_head
@@ -149,8 +149,8 @@ def load_merged(
     """
     update = MergedUpdate(Path(directory), task)
     base = find_backbone(backbone or update.backbone)
-    model = load_model(base, update.labels, load_tokenizer(base), dtype)
-    load_head(model, update.head)
+    model, new = update.recipe.kind.load(base, update.labels, dtype)
+    load_head(model, update.head, new)
     for module in update:
         linear_weight(model, module).add_(update[module])
     return model.eval()

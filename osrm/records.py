@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from osrm.backbones import CLASSIFIER, Kind
 from osrm.checks import Check, flag, one_of, optional, problems, read_object, text, whole
 from osrm.errors import UserError
 from osrm.merging import check_knobs
@@ -48,6 +49,8 @@ class Source:
     sha256: str
     labels: tuple[str, ...] = ()
     """The classes of its head; no class: a regression."""
+    saved: tuple[str, ...] = ()
+    """The modules that it has of its own: PEFT's modules_to_save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,7 @@ class Merge:
     backbone: str | None
     base: str | None = None
     """The name of the base model in the adapters."""
+    kind: Kind = CLASSIFIER
     dtype: str
     max_num_samples: int
     count_padding: bool
@@ -89,6 +93,7 @@ class Recipe(Merge):
             raise UserError(f"{where} {path}: {error}; {fix}") from None
         record["tasks"] = {task: _of(Source, source) for task, source in record["tasks"].items()}
         record["search"] = Search(**record["search"]) if "search" in record else None
+        record["kind"] = Kind(**record.get("kind", vars(CLASSIFIER)))
         return _of(cls, record)
 
 
@@ -136,6 +141,7 @@ class Results(Merge):
             record["rows"] = [_of(Row, row) for row in record["rows"]]
             record["search"] = {name: Search(**curve) for name, curve in record["search"].items()}
             record["tasks"] = {task: _of(Source, one) for task, one in record["tasks"].items()}
+            record["kind"] = Kind(**record.get("kind", vars(CLASSIFIER)))
             return _of(cls, record)
         except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{path}: no results.json of merge.py ({error!r})") from None

@@ -54,6 +54,7 @@ from transformers import (
     T5Config,
 )
 
+from osrm.adapters import read_adapter
 from osrm.commands.merge import run as merge
 from osrm.config import MergeConfig, TrainConfig
 from osrm.errors import run_script
@@ -212,6 +213,11 @@ def small(tiny: dict, data: Path, out: Path, family: str = "roberta", **more) ->
             **more,
         }
     )
+
+
+def updates_and_head(directory: Path) -> tuple[dict, dict]:
+    adapter = read_adapter(directory)
+    return adapter.updates, adapter.head
 
 
 def make_adapter(base: Path, folder: Path, labels: int, seed: int, **options) -> str:

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from osrm.adapters import (
     CONFIG,
+    Adapter,
     add_lora,
     read_adapter,
     save_adapter,
@@ -18,7 +20,14 @@ from osrm.adapters import (
     write_factors,
     write_head,
 )
-from osrm.backbones import Backbone, head_names, load_model, load_tokenizer, projections
+from osrm.backbones import (
+    Backbone,
+    Kind,
+    head_names,
+    load_model,
+    load_tokenizer,
+    projections,
+)
 from osrm.checkpoints import Checkpoint, check_fits
 from osrm.errors import UserError
 from osrm.lending import applied, load_head
@@ -80,13 +89,13 @@ def test_a_saved_adapter_gives_the_same_logits_through_peft_and_through_our_own_
     through_peft = PeftModel.from_pretrained(load(tiny[family]), tmp_path).eval()
     torch.testing.assert_close(logits(through_peft), expected)
 
-    pairs, head, name = read_adapter(tmp_path)
-    ours = load(tiny[family])
-    load_head(ours, head)
+    adapter = read_adapter(tmp_path)
+    pairs, ours = adapter.updates, load(tiny[family])
+    load_head(ours, adapter.head)
     untouched = logits(ours)
     with applied(ours, {module: pair.delta for module, pair in pairs.items()}):
         torch.testing.assert_close(logits(ours), expected, rtol=1e-5, atol=1e-5)
-    assert name == str(tiny[family])
+    assert adapter.base == str(tiny[family]) and adapter.kind == Kind("SEQ_CLS")
     assert torch.equal(logits(ours), untouched)
     assert (untouched - expected).abs().max() > 1e-3  # the update does something
 
@@ -130,7 +139,8 @@ def test_the_update_is_the_one_that_peft_merges(tiny, tmp_path, options):
     model = get_peft_model(base, LoraConfig(target_modules=["query", "value"], **options))
     randomise(model)
     model.save_pretrained(tmp_path)
-    pairs, head, _ = read_adapter(tmp_path)
+    adapter = read_adapter(tmp_path)
+    pairs, head = adapter.updates, adapter.head
     merged = dict(_linear(model.merge_and_unload()))
     assert head == {} and len(pairs) == 4
     for name, pair in pairs.items():
@@ -163,7 +173,7 @@ def test_under_the_update_the_base_gives_the_outputs_of_the_peft_model(
         parameter.data = parameter.data.float()
     expected = logits(model)
 
-    updates, _, _ = read_adapter(tmp_path)
+    updates = read_adapter(tmp_path).updates
     biases = {name: update for name, update in updates.items() if name.endswith(".bias")}
     assert len(updates) == (8 if "lora_bias" in options else 4) == 4 + len(biases)
     assert all(b.shape == (32, 1) and b.dtype == torch.float32 for b in biases.values())
@@ -173,7 +183,7 @@ def test_under_the_update_the_base_gives_the_outputs_of_the_peft_model(
         torch.testing.assert_close(logits(ours), expected, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(tensor, before[key]) for key, tensor in ours.state_dict().items())
     head = {key: tensor for key, tensor in before.items() if key.startswith("classifier")}
-    check_fits(Checkpoint(tmp_path, dict(updates), head, None, {}), ours)
+    check_fits(Checkpoint(updates, head, path=tmp_path), ours)
 
 
 def test_a_bias_is_added_only_where_there_is_one_of_its_size(tiny, tmp_path):
@@ -189,7 +199,7 @@ def test_a_bias_is_added_only_where_there_is_one_of_its_size(tiny, tmp_path):
         with pytest.raises(ValueError, match=layer), applied(model, update):
             pass
         with pytest.raises(UserError, match=layer):
-            check_fits(Checkpoint(tmp_path, update, {}, None, {}), model)
+            check_fits(Checkpoint(update, {}, path=tmp_path), model)
 
 
 def _linear(model):
@@ -200,9 +210,12 @@ def _linear(model):
     ]
 
 
-SUPPORTED = "r lora_alpha rank_pattern alpha_pattern use_rslora lora_bias modules_to_save"
+SUPPORTED = (
+    "r lora_alpha rank_pattern alpha_pattern use_rslora lora_bias modules_to_save task_type"
+    " auto_mapping"
+)
 HARMLESS = (
-    "base_model_name_or_path task_type auto_mapping peft_version revision inference_mode"
+    "base_model_name_or_path peft_version revision inference_mode"
     " target_modules exclude_modules layers_to_transform layers_pattern lora_dropout megatron_core"
     " qalora_group_size eva_config corda_config lora_ga_config loftq_config"
 )
@@ -214,7 +227,7 @@ def test_a_plain_adapter_is_read_without_peft(tiny, tmp_path, monkeypatch, start
     model.peft_config["default"].init_lora_weights = start
     save_adapter(model, tmp_path)
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert len(read_adapter(tmp_path)[0]) == 2
+    assert len(read_adapter(tmp_path).updates) == 2
 
 
 @pytest.mark.parametrize("name", sorted(LoraConfig().to_dict().keys() - {*SUPPORTED.split()}))
@@ -286,13 +299,13 @@ def test_heads_must_fit(tiny, tmp_path):
     model = add_lora(base, projections(base, "qv", 2), 2, 4)
     randomise(model)
     save_adapter(model, tmp_path)
-    _, head, _ = read_adapter(tmp_path)
+    head = read_adapter(tmp_path).head
     fresh = load(tiny["roberta"])
     other = add_lora(fresh, projections(fresh, "qv", 2), 2, 4)
     write_head(other, head)
     saved = tmp_path / "again"
     save_adapter(other, saved)
-    assert all(torch.equal(tensor, head[name]) for name, tensor in read_adapter(saved)[1].items())
+    assert all(torch.equal(tensor, head[name]) for name, tensor in read_adapter(saved).head.items())
     with pytest.raises(ValueError, match="the model wants"):
         load_head(load(tiny["roberta"]), {})
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -314,13 +327,16 @@ def test_what_is_written_is_read_back(biased, tmp_path):
         zeros = {f"{name}.bias": torch.zeros(len(delta), 1) for name, delta in expected.items()}
         expected |= zeros | {"layer.1.query.bias": updates["layer.1.query.bias"]}
     head = {"classifier.weight": torch.randn(2, 4), "pooler.dense.bias": torch.randn(3)}
-    write_adapter(tmp_path / "adapter", updates, head, "some/base")
-    found, found_head, base = read_adapter(tmp_path / "adapter")
-    assert base == "some/base" and found_head.keys() == head.keys()
-    assert all(torch.equal(found_head[name], head[name]) for name in head)
-    assert found.keys() == expected.keys()
+    kind = Kind(None, "ViTForImageClassification", "transformers.models.vit.modeling_vit")
+    adapter = Adapter(updates, head, ("classifier", "pooler.dense"), "some/base", kind)
+    write_adapter(tmp_path / "adapter", adapter)
+    found = read_adapter(tmp_path / "adapter")
+    assert replace(found, updates={}, head={}) == replace(adapter, updates={}, head={})
+    assert found.head.keys() == head.keys()
+    assert all(torch.equal(found.head[name], head[name]) for name in head)
+    assert found.updates.keys() == expected.keys()
     for name, delta in expected.items():
-        torch.testing.assert_close(dense(found[name]), delta)
+        torch.testing.assert_close(dense(found.updates[name]), delta)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -353,7 +369,7 @@ def test_the_order_of_the_layers_in_the_file_does_not_depend_on_the_process(tiny
     base = load(tiny["roberta"])
     save_adapter(add_lora(base, projections(base, "qkv", 2), 2, 4), tmp_path / "saved")
     pairs = {f"layer.{i}": LoraPair(torch.ones(1, 3), torch.ones(2, 1), 1.0) for i in range(9)}
-    write_adapter(tmp_path / "written", pairs, {}, None)
+    write_adapter(tmp_path / "written", Adapter(pairs, {}))
     for folder in ("saved", "written"):
         config = json.loads((tmp_path / folder / CONFIG).read_text())
         assert config["target_modules"] == sorted(config["target_modules"])

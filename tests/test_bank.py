@@ -26,7 +26,7 @@ def config_of(tiny, data, out, **more):
 
 def start_of(config, task="rte"):
     """{module: A before training} as the run has left it in init_model/."""
-    pairs, _, _ = read_adapter(run_dir(config, task) / "init_model")
+    pairs = read_adapter(run_dir(config, task) / "init_model").updates
     return {name: pair.A for name, pair in pairs.items()}
 
 
@@ -261,7 +261,7 @@ def test_the_contrastive_start_trains(tiny, tiny_data, tmp_path, filled):
         config = config_of(tiny, tiny_data, tmp_path, **options)
         train(config)
         assert (run_dir(config, "rte") / "metrics.json").exists()
-        after, _, _ = read_adapter(run_dir(config, "rte"))
+        after = read_adapter(run_dir(config, "rte")).updates
         assert all(pair.B.any() for pair in after.values())
         found[init] = start_of(config)
     bank = read_bank(filled)

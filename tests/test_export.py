@@ -107,7 +107,7 @@ def test_peft_computes_with_the_adapter_what_the_merged_model_does(method, out, 
         ours = logits(load_merged(out / method, task))
         theirs = through_peft(tiny, tmp_path / task, labels)
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
-        pairs = read_adapter(tmp_path / task)[0]
+        pairs = read_adapter(tmp_path / task).updates
         for module, pair in pairs.items():
             # PEFT needs a rank of 1 for a zero update, too.
             assert len(pair.A) == max(1, np.linalg.matrix_rank(merged[module].numpy(), rtol=1e-5))
@@ -121,7 +121,7 @@ def test_peft_computes_with_the_adapter_what_the_merged_model_does(method, out, 
 def test_a_truncated_adapter_is_nearest_of_its_rank(rank, out, tmp_path):
     merged = MergedUpdate(out / "task_arithmetic", "brief")
     found = export_adapters([merged], tmp_path, rank)
-    pairs = read_adapter(tmp_path / "brief")[0]
+    pairs = read_adapter(tmp_path / "brief").updates
     lost = whole = 0.0
     for module in merged:
         dense = merged[module].double().numpy()
@@ -141,7 +141,7 @@ def test_a_truncated_adapter_is_nearest_of_its_rank(rank, out, tmp_path):
 
 def test_factors_of_an_adapter_are_balanced(out, tmp_path):
     export_adapters([MergedUpdate(out / "iso_c", "kind")], tmp_path)
-    for pair in read_adapter(tmp_path / "kind")[0].values():
+    for pair in read_adapter(tmp_path / "kind").updates.values():
         assert pair.scaling == 1
         torch.testing.assert_close(pair.A @ pair.A.T, pair.B.T @ pair.B, rtol=1e-4, atol=1e-5)
 
@@ -151,7 +151,7 @@ def test_an_update_that_is_zero_everywhere_is_an_adapter_too(tmp_path):
     merged = MergedUpdate(save_parts(tmp_path / "merged", {"layer": zero}), "kind")
     found = export_adapters([merged], tmp_path, 2)
     assert (found["rank"], found["error"]) == (1, 0)
-    delta = read_adapter(tmp_path / "kind")[0]["layer"].delta
+    delta = read_adapter(tmp_path / "kind").updates["layer"].delta
     assert delta.shape == (5, 7) and not delta.any()
 
 
@@ -315,7 +315,7 @@ def test_merge_py_exports_what_has_a_format_and_says_what_has_none(paths, tmp_pa
     out = tmp_path / "out"
     for task in TASKS:
         assert (out / "ties" / "models" / task / "model.safetensors").exists()
-        pairs = read_adapter(out / "average" / "adapters" / task)[0]
+        pairs = read_adapter(out / "average" / "adapters" / task).updates
         assert max(len(pair.A) for pair in pairs.values()) == 2
     found = json.loads((out / "average" / "adapters" / "truncation.json").read_text())
     assert found["rank"] == 2 and 0 < found["error"] < 1

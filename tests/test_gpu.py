@@ -491,10 +491,10 @@ def test_a_run_resumes_to_the_same_loss(real, tiny, tiny_data, tmp_path, monkeyp
     cpu = Forked(tmp_path / "log", "train_glue.py", *flags.split(), CUDA_VISIBLE_DEVICES="")
     assert cpu.wait()[0] == 0, cpu.wait()[1]
     (elsewhere,) = (tmp_path / "cpu").glob("*/*/init_model")
-    here = read_adapter(run_dir(config, "rte") / "init_model")[0]
+    here = read_adapter(run_dir(config, "rte") / "init_model").updates
     # On a GPU the statistics are those of a model in bfloat16.
     tolerance = 0.3 if real == "cuda" else 1e-6
-    for name, pair in read_adapter(elsewhere)[0].items():
+    for name, pair in read_adapter(elsewhere).updates.items():
         assert_near(projector(here[name].A), projector(pair.A), tolerance)
 
 

@@ -337,7 +337,7 @@ def test_any_peft_adapter_will_do(tiny, tmp_path):
     from osrm.merged import MergedUpdate
 
     update = MergedUpdate(out / "task_arithmetic", "brief")
-    pairs = [read_adapter(Path(path))[0] for path in paths.values()]
+    pairs = [read_adapter(Path(path)).updates for path in paths.values()]
     for name in update:
         expected = pairs[0][name].delta + pairs[1][name].delta
         torch.testing.assert_close(update[name], expected)

@@ -18,7 +18,7 @@ from osrm.evaluation import predict
 from osrm.glue import TASKS
 from osrm.runs import run_dir
 from osrm.training import enable_checkpointing
-from tests.conftest import make_examples, small, write_data
+from tests.conftest import make_examples, small, updates_and_head, write_data
 
 FAMILIES = ["roberta", "t5", "llama"]
 LABELS = TASKS["rte"].labels
@@ -89,8 +89,8 @@ def test_a_run_leaves_everything_that_it_should(tiny, tiny_data, tmp_path, famil
             *("adapter_config.json", "adapter_model.safetensors", "init_model", "merged_model"),
             *("args.json", "metrics.json", "trainer_state.json", "README.md"),
         }
-        before, head_before, _ = read_adapter(directory / "init_model")
-        after, head_after, _ = read_adapter(directory)
+        before, head_before = updates_and_head(directory / "init_model")
+        after, head_after = updates_and_head(directory)
         for name, pair in after.items():
             assert not before[name].B.any() and pair.B.any()
             assert not torch.equal(before[name].A, pair.A)
@@ -119,8 +119,8 @@ def test_orthonormal_start_and_a_seed_for_each_task(tiny, tiny_data, tmp_path):
         for config in (gaussian, analytical)
         for task in ("rte", "sst2")
     }
-    first = next(iter(starts["gaussian", "rte"][0]))
-    A = {key: pairs[first].A for key, (pairs, _, _) in starts.items()}
+    first = next(iter(starts["gaussian", "rte"].updates))
+    A = {key: adapter.updates[first].A for key, adapter in starts.items()}
     assert not torch.equal(A["gaussian", "rte"], A["gaussian", "sst2"])
     torch.testing.assert_close(A["analytical", "rte"] @ A["analytical", "rte"].T, torch.eye(2))
     heads = {key: head["classifier.dense.weight"] for key, (_, head, _) in starts.items()}
@@ -185,8 +185,8 @@ def test_the_task_is_learnt(tiny, tmp_path):
 def test_freezing_holds_through_a_run(tiny, tiny_data, tmp_path, freeze):
     config = small(tiny, tiny_data, tmp_path, tasks=["rte"], epochs=1, freeze=freeze)
     train(config)
-    before, _, _ = read_adapter(run_dir(config, "rte") / "init_model")
-    after, _, _ = read_adapter(run_dir(config, "rte"))
+    before = read_adapter(run_dir(config, "rte") / "init_model").updates
+    after = read_adapter(run_dir(config, "rte")).updates
     for name in after:
         assert torch.equal(getattr(before[name], freeze), getattr(after[name], freeze))
 
@@ -198,7 +198,7 @@ def test_bfloat16_trains_on_the_cpu_too(tiny, tiny_data, tmp_path):
         **{"tasks": ["rte"], "epochs": 1, "dtype": "bfloat16", "save_merged_model": True},
     )
     train(config)
-    pairs, head, _ = read_adapter(run_dir(config, "rte"))
+    pairs, head = updates_and_head(run_dir(config, "rte"))
     dense = AutoModelForSequenceClassification.from_pretrained(
         run_dir(config, "rte") / "merged_model"
     )
@@ -234,7 +234,7 @@ def test_one_example_is_enough_for_features(tiny, tiny_data, tmp_path, features)
         tiny, tiny_data, tmp_path, init="analytical", max_num_samples=1, features=features, epochs=1
     )
     train(config)
-    pairs, _, _ = read_adapter(run_dir(config, "rte") / "init_model")
+    pairs = read_adapter(run_dir(config, "rte") / "init_model").updates
     for pair in pairs.values():
         torch.testing.assert_close(pair.A @ pair.A.T, torch.eye(2))
 

@@ -18,6 +18,7 @@ from osrm.moments import Moment, own_and_others
 from osrm.runs import run_dir
 from osrm.task_vectors import LoraPair
 from osrm.transforms import factorised, nullify, uniform
+from tests.conftest import updates_and_head
 
 D, RANK = 12, 3
 NAMES = ["rte", "sst2", "stsb"]
@@ -181,8 +182,8 @@ def test_project_moves_the_update_into_the_subspace(runs, tmp_path):
     """Details 2, 17 and 18: B = ΔW Aᵀ / scaling, with the trained head."""
     config = moved(runs, tmp_path, transform="project", init="analytical")
     for task in NAMES:
-        source, source_head, _ = read_adapter(run_dir(runs, task))
-        found, head, _ = read_adapter(run_dir(config, task))
+        source, source_head = updates_and_head(run_dir(runs, task))
+        found, head = updates_and_head(run_dir(config, task))
         for name, pair in found.items():
             A, delta = pair.A.double(), source[name].delta.double()
             torch.testing.assert_close(A @ A.T, torch.eye(2).double(), rtol=0, atol=1e-6)
@@ -197,8 +198,8 @@ def test_nullify_filters_A_by_the_tasks_own_statistics(runs, tmp_path, below, ow
     files = [FeatureFile(path) for path in (own_feature_cache / "features").glob("*")]
     features = {file.settings["task"]: file for file in files}
     for task in NAMES:
-        source, source_head, _ = read_adapter(run_dir(runs, task))
-        found, head, _ = read_adapter(run_dir(config, task))
+        source, source_head = updates_and_head(run_dir(runs, task))
+        found, head = updates_and_head(run_dir(config, task))
         kept = left = own = others = 0.0
         for name, pair in found.items():
             grams = {each: features[each][name].gram.numpy() for each in NAMES}
@@ -250,7 +251,7 @@ def test_one_checkpoint_alone_has_no_merge(runs, tmp_path):
 
 def test_the_adapters_own_rank_is_kept(runs, tmp_path):
     config = moved(runs, tmp_path, rank=1, alpha=7)
-    found, _, _ = read_adapter(run_dir(config, "rte"))
+    found = read_adapter(run_dir(config, "rte")).updates
     assert {len(pair.A) for pair in found.values()} == {2}
     assert {pair.scaling for pair in found.values()} == {2.0}
 
@@ -263,8 +264,8 @@ def test_a_checkpoint_that_is_in_the_subspace_already_comes_through_unchanged(ru
     (tmp_path / "paths.json").write_text(json.dumps({"rte": str(run_dir(frozen, "rte"))}))
     again = replace(frozen, load_model_path=str(tmp_path / "paths.json"), transform="project")
     train(again)
-    before, _, _ = read_adapter(run_dir(frozen, "rte"))
-    after, _, _ = read_adapter(run_dir(again, "rte"))
+    before = read_adapter(run_dir(frozen, "rte")).updates
+    after = read_adapter(run_dir(again, "rte")).updates
     for name, pair in before.items():
         torch.testing.assert_close(after[name].delta, pair.delta, rtol=1e-4, atol=1e-7)
     metrics = metrics_of(again, "rte")

@@ -79,10 +79,11 @@ def save_run(
         save_adapter(model, staging, state)
     publish(directory / "adapter", directory)
     if config.save_merged_model:
-        updates, head, _ = read_adapter(directory)
+        adapter = read_adapter(directory)
         dense = load_model(session.backbone, task.labels, session.tokenizer, torch.float32)
-        load_head(dense, head)
-        with staged(directory / "merged_model") as staging, applied(dense, deltas(updates)):
+        load_head(dense, adapter.head)
+        updates = deltas(adapter.updates)
+        with staged(directory / "merged_model") as staging, applied(dense, updates):
             dense.save_pretrained(staging)
             session.tokenizer.save_pretrained(staging)
     write_text(directory / "README.md", model_card(args, metrics))

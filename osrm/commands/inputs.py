@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from osrm.backbones import find_backbone, load_model, load_tokenizer
+from osrm.backbones import CLASSIFIER, Kind, find_backbone
 from osrm.checkpoints import Checkpoint, check_fits, check_task, named_directories, read_checkpoint
 from osrm.checks import read_json
 from osrm.config import MergeConfig
@@ -53,20 +53,20 @@ def read_inputs(config: MergeConfig, recipe: Recipe | None = None) -> Inputs:
         )
 
     @cache
-    def load_base(name: str | None) -> Any:
+    def load_base(name: str | None, kind: Kind) -> tuple[Any, Collection[str]]:
         if name is None:
             raise UserError(f"{where}: a dense checkpoint without args.json needs --backbone")
-        backbone = find_backbone(name)
-        return load_model(backbone, (), load_tokenizer(backbone), torch.float32)
+        return kind.load(find_backbone(name), (), torch.float32)
 
     checkpoints = {
-        task: read_checkpoint(path, lambda name: load_base(config.backbone or name))
+        task: read_checkpoint(path, lambda name, kind: load_base(config.backbone or name, kind))
         for task, path in directories.items()
     }
     if not config.no_eval:
         for task, checkpoint in checkpoints.items():
             check_task(checkpoint, task)
-    check_bases(checkpoints)
+    check_bases(checkpoints, config.backbone)
+    check_kinds(checkpoints, config.no_eval)
     labels = {task: head_labels(task, run, config.no_eval) for task, run in checkpoints.items()}
     names = [config.backbone]
     names += [run.args.get("backbone") or run.base for run in checkpoints.values()]
@@ -79,28 +79,50 @@ def read_inputs(config: MergeConfig, recipe: Recipe | None = None) -> Inputs:
     return Inputs(checkpoints, vectors, labels, backbone)
 
 
-def check_bases(checkpoints: Mapping[str, Checkpoint]) -> None:
-    """Refuse updates of different pre-trained models: they cannot be added."""
+def check_bases(checkpoints: Mapping[str, Checkpoint], backbone: str | None) -> None:
+    """Refuse updates of different pre-trained models: they cannot be added.
+
+    With --backbone the user says that different names mean one model.
+    """
     names = {task: checkpoint.base for task, checkpoint in checkpoints.items()}
     prints = {task: run.args.get("body_fingerprint") for task, run in checkpoints.items()}
     # The weights themselves say more than a path, which may differ between machines.
     known = prints if all(prints.values()) else names
     different = {base: task for task, base in known.items() if base}
+    if known is names and backbone:
+        return
     if len(different) > 1:
         first, second, *_ = different.values()
         raise UserError(
             f"tasks '{first}' and '{second}' have different base models ({names[first]},"
-            f" {names[second]}); only updates of one base can be merged"
+            f" {names[second]}); only updates of one base can be merged. If these are two names"
+            " of one model, give --backbone"
+        )
+
+
+def check_kinds(checkpoints: Mapping[str, Checkpoint], no_eval: bool) -> None:
+    """Refuse models of different kinds, and scores of what is no text classification."""
+    kinds = {checkpoint.kind: task for task, checkpoint in checkpoints.items()}
+    if len(kinds) > 1:
+        first, second, *_ = kinds
+        raise UserError(
+            f"tasks '{kinds[first]}' and '{kinds[second]}' are of different kinds ({first},"
+            f" {second}); merge adapters of one task_type"
+        )
+    (kind,) = kinds
+    if not (no_eval or kind in (CLASSIFIER, Kind())):
+        raise UserError(
+            f"the adapters are of kind {kind}, and GLUE's scores need text classification"
+            " (SEQ_CLS); add --no-eval"
         )
 
 
 def check_base(inputs: Inputs) -> None:
     """Refuse an update or head that does not fit the base model; none of its weights are read."""
     backbone = find_backbone(inputs.backbone or "")
-    tokenizer = load_tokenizer(backbone)
     for task, checkpoint in inputs.checkpoints.items():
-        model = load_model(backbone, inputs.labels[task], tokenizer, "auto", device="meta")
-        check_fits(checkpoint, model)
+        model, new = checkpoint.kind.load(backbone, inputs.labels[task], "auto", "meta")
+        check_fits(checkpoint, model, new)
 
 
 def head_labels(task: str, checkpoint: Checkpoint, no_eval: bool) -> tuple[str, ...]:
@@ -108,6 +130,8 @@ def head_labels(task: str, checkpoint: Checkpoint, no_eval: bool) -> tuple[str, 
 
     Scores need GLUE's: without them any other head is refused.
     """
+    if no_eval and not checkpoint.kind.classifies:
+        return ()
     matrices = [tensor for tensor in checkpoint.head.values() if tensor.ndim == 2]
     outputs = min(map(len, matrices), default=0)
     if task in TASKS and outputs == TASKS[task].num_labels:

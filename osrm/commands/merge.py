@@ -116,7 +116,11 @@ def describe(config: MergeConfig, inputs: Inputs) -> Merge:
         dtype=config.dtype,
         max_num_samples=config.max_num_samples,
         count_padding=config.count_padding,
-        tasks={t: Source(str(run.path), checksum(run.path), inputs.labels[t]) for t, run in runs},
+        kind=next(run.kind for _, run in runs),
+        tasks={
+            task: Source(str(run.path), checksum(run.path), inputs.labels[task], run.saved)
+            for task, run in runs
+        },
         environment=environment(),
     )
 

@@ -237,7 +237,7 @@ def diagnose_merges(session: Session, merger: Merger) -> None:
         moments[task] = session.statistics(model, modules, key, examples)
         updates[task] = {name: checkpoint.updates[name] for name in modules}
         if (checkpoint.path / "init_model" / CONFIG).exists():
-            before = read_adapter(checkpoint.path / "init_model")[0]
+            before = read_adapter(checkpoint.path / "init_model").updates
             starts[task] = {n: pair.A for n, pair in before.items() if isinstance(pair, LoraPair)}
     diagnosis = diagnose(
         updates,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from osrm.adapters import write_factors, write_head
-from osrm.backbones import projections
+from osrm.backbones import head_tensors, projections
 from osrm.checkpoints import Checkpoint, check_fits, check_task, checksum, read_checkpoint
 from osrm.commands.finish import run_args, save_run, with_lora
 from osrm.commands.plan import Plan, Start, prepare_start
@@ -31,7 +31,7 @@ def read_source(plan: Plan, session: Session, task: GlueTask) -> Checkpoint:
     """The checkpoint to transform, checked; raises UserError if it does not fit task or --block."""
     config = plan.config
     base = session.model(task)
-    checkpoint = read_checkpoint(plan.sources[task.name], lambda _: base)
+    checkpoint = read_checkpoint(plan.sources[task.name], lambda *_: (base, head_tensors(base)))
     check_task(checkpoint, task.name)
     check_fits(checkpoint, base)
     odd = sorted({*checkpoint.updates} ^ {*projections(base, config.block, config.rank)})

@@ -1,0 +1,296 @@
+"""Adapters of any model that PEFT trains: merged, exported, and loaded by PEFT and transformers.
+
+The models are tiny and random, and have no tokenizer. The oracle is PEFT's own merge_and_unload.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    RobertaConfig,
+    T5Config,
+    ViTConfig,
+)
+
+from osrm.errors import UserError
+from osrm.merged import load_merged
+from tests.conftest import merge_them
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 40}
+MODELS = {
+    "llama": (LlamaConfig(**GROUPED), "CAUSAL_LM"),
+    "qwen2": (Qwen2Config(**GROUPED), "CAUSAL_LM"),
+    "gemma": (GemmaConfig(**GROUPED), "CAUSAL_LM"),
+    "mistral": (MistralConfig(**GROUPED), "CAUSAL_LM"),
+    "gpt2": (
+        GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=16),
+        "CAUSAL_LM",
+    ),
+    "t5": (T5Config(**T5, decoder_start_token_id=0, pad_token_id=0), "SEQ_2_SEQ_LM"),
+    "roberta": (RobertaConfig(**SIZES, max_position_embeddings=34), "SEQ_CLS"),
+    "vit": (
+        ViTConfig(image_size=8, patch_size=4, **{k: v for k, v in SIZES.items() if "_id" not in k}),
+        None,
+    ),
+}
+CLASSES = {
+    "CAUSAL_LM": "ForCausalLM",
+    "SEQ_2_SEQ_LM": "ForSeq2SeqLM",
+    "SEQ_CLS": "ForSequenceClassification",
+    None: "ForImageClassification",
+}
+# Of one of the two adapters of a family.
+OPTIONS = {
+    "qwen2": {
+        "use_rslora": True,
+        "layers_to_transform": [1],
+        "target_modules": ["q_proj", "o_proj", "down_proj"],
+        "r": 3,
+    },
+    "llama": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1": 7}},
+    "vit": {"modules_to_save": ["classifier"]},
+}
+HEADS = {"vit": ["classifier"], "roberta": ["classifier"]}
+
+
+def auto(family: str):
+    return getattr(transformers, f"AutoModel{CLASSES[MODELS[family][1]]}")
+
+
+def inputs(family: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    if family == "vit":
+        return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
+    ids = torch.randint(3, 40, (2, 6), generator=generator)
+    return {"input_ids": ids, **({"decoder_input_ids": ids} if family == "t5" else {})}
+
+
+@torch.no_grad()
+def logits(family: str, model) -> torch.Tensor:
+    return model.eval()(**inputs(family)).logits
+
+
+def make_base(family: str, folder: Path) -> str:
+    torch.manual_seed(0)
+    model = auto(family).from_config(copy.deepcopy(MODELS[family][0]))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def make_adapter(family: str, base: str, folder: Path, seed: int, **options) -> str:
+    """By PEFT alone, on all linear layers, with random factors and saved modules."""
+    torch.manual_seed(seed)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **options}
+    config.setdefault("modules_to_save", HEADS.get(family))
+    model = get_peft_model(
+        auto(family).from_pretrained(base), LoraConfig(task_type=MODELS[family][1], **config)
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def unloaded(family: str, base: str, adapter: str):
+    """The whole model of one adapter, by PEFT."""
+    model = PeftModel.from_pretrained(auto(family).from_pretrained(base), adapter)
+    return model.merge_and_unload()
+
+
+def summed(family: str, base: str, adapters: dict[str, str], own: str):
+    """W0 + Σ (W_t - W0) of all, and the saved modules of one task."""
+    model = unloaded(family, base, adapters[own])
+    start = auto(family).from_pretrained(base).state_dict()
+    saved = json.loads((Path(adapters[own]) / "adapter_config.json").read_text())["modules_to_save"]
+    state = model.state_dict()
+    for task, path in adapters.items():
+        if task == own:
+            continue
+        for name, tensor in unloaded(family, base, path).state_dict().items():
+            if not any(f"{module}." in name for module in saved or []) and "bias" not in name:
+                state[name] += tensor - start[name]
+    model.load_state_dict(state)
+    return model
+
+
+def load_both(family: str, base: str, out: Path, task: str) -> list:
+    """The exported adapter by PEFT's Auto class, and the exported model by transformers'."""
+    task_type = MODELS[family][1]
+    name = CLASSES[task_type].removeprefix("For") if task_type else ""
+    loader = getattr(peft, f"AutoPeftModelFor{name}") if task_type else AutoPeftModel
+    return [
+        loader.from_pretrained(out / "adapters" / task),
+        auto(family).from_pretrained(out / "models" / task),
+    ]
+
+
+@pytest.fixture(params=MODELS)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def adapters(family, tmp_path) -> tuple[str, dict[str, str]]:
+    base = make_base(family, tmp_path / "base")
+    options = OPTIONS.get(family, {})
+    return base, {
+        "first": make_adapter(family, base, tmp_path / "first", 1),
+        "second": make_adapter(family, base, tmp_path / "second", 2, **options),
+    }
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_merge_is_the_sum_of_what_peft_merges(family, adapters, tmp_path):
+    base, paths = adapters
+    out = merge_them(
+        paths,
+        tmp_path,
+        methods=["task_arithmetic"],
+        scale=1.0,
+        no_eval=True,
+        export=["adapter", "model"],
+    )
+    for task in paths:
+        expected = logits(family, summed(family, base, paths, task))
+        models = load_both(family, base, out / "task_arithmetic", task)
+        for model in (*models, load_merged(out / "task_arithmetic", task)):
+            assert_close(logits(family, model), expected)
+
+
+def test_one_adapter_of_weight_1_is_itself(family, adapters, tmp_path):
+    base, paths = adapters
+    out = merge_them(
+        {"second": paths["second"]},
+        tmp_path,
+        methods=["average", "tsv", "task_arithmetic"],
+        scale=1.0,
+        no_eval=True,
+        export=["adapter", "model"],
+    )
+    expected = logits(family, unloaded(family, base, paths["second"]))
+    for method in ("average", "tsv", "task_arithmetic"):
+        for model in load_both(family, base, out / method, "second"):
+            assert_close(logits(family, model), expected)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", *(pytest.param(name, marks=pytest.mark.sweep) for name in MODELS if name != "llama")],
+    indirect=True,
+)
+def test_all_methods_are_exported(family, adapters, tmp_path):
+    base, paths = adapters
+    with pytest.raises(UserError, match=r"--export adapter: .*ties"):  # after all else is there
+        merge_them(paths, tmp_path, no_eval=True, export=["adapter", "model"])
+    for out in sorted(path for path in (tmp_path / "out").iterdir() if path.is_dir()):
+        dense = auto(family).from_pretrained(out / "models/first")
+        expected = logits(family, load_merged(out, "first"))
+        assert_close(logits(family, dense), expected)
+        if (out / "adapters").exists():
+            loaded = load_both(family, base, out, "first")[0]
+            assert_close(logits(family, loaded), expected)
+            config = json.loads((out / "adapters/first/adapter_config.json").read_text())
+            assert config["task_type"] == MODELS[family][1]
+
+
+@pytest.mark.parametrize("family", sorted(MODELS.keys() - {"vit"}), indirect=True)
+def test_whole_models_are_merged_as_what_they_are(family, adapters, tmp_path):
+    """But for ViT, whose files have other names than its tensors."""
+    base, paths = adapters
+    dense = {}
+    for task, path in paths.items():
+        dense[task] = str(tmp_path / f"dense-{task}")
+        unloaded(family, base, path).save_pretrained(dense[task])
+    out = merge_them(
+        dense,
+        tmp_path,
+        methods=["task_arithmetic"],
+        scale=1.0,
+        no_eval=True,
+        backbone=base,
+        export=["model"],
+    )
+    loaded = auto(family).from_pretrained(out / "task_arithmetic/models/first")
+    expected = logits(family, summed(family, base, paths, "first"))
+    assert_close(logits(family, loaded), expected)
+
+
+def test_a_saved_module_inside_the_body_keeps_its_name(tmp_path):
+    base = make_base("llama", tmp_path / "base")
+    paths = {
+        task: make_adapter(
+            "llama", base, tmp_path / task, seed, modules_to_save=["embed_tokens"], **options
+        )
+        for seed, (task, options) in enumerate({"first": {}, "second": {}}.items())
+    }
+    out = merge_them(
+        paths,
+        tmp_path,
+        methods=["task_arithmetic"],
+        scale=1.0,
+        no_eval=True,
+        export=["adapter", "model"],
+    )
+    for task in paths:
+        file = out / "task_arithmetic/adapters" / task / "adapter_config.json"
+        config = json.loads(file.read_text())
+        assert config["modules_to_save"] == ["embed_tokens"]
+        assert config["task_type"] == "CAUSAL_LM"
+        expected = logits("llama", summed("llama", base, paths, task))
+        for model in load_both("llama", base, out / "task_arithmetic", task):
+            assert_close(logits("llama", model), expected)
+
+
+def test_two_names_of_one_base_need_backbone_to_say_so(tmp_path):
+    base = make_base("llama", tmp_path / "base")
+    paths = {task: make_adapter("llama", base, tmp_path / task, 1) for task in ("one", "other")}
+    (tmp_path / "link").symlink_to(base)
+    file = tmp_path / "other" / "adapter_config.json"
+    other = {"base_model_name_or_path": str(tmp_path / "link")}
+    file.write_text(json.dumps(json.loads(file.read_text()) | other))
+    with pytest.raises(UserError, match="two names of one model, give --backbone"):
+        merge_them(paths, tmp_path, methods=["average"], no_eval=True)
+    out = merge_them(paths, tmp_path, methods=["average"], no_eval=True, backbone=base)
+    assert (out / "average" / "recipe.json").exists()
+
+
+def test_adapters_of_different_task_types_are_refused(tmp_path):
+    base = make_base("llama", tmp_path / "base")
+    paths = {task: make_adapter("llama", base, tmp_path / task, 1) for task in ("one", "other")}
+    file = tmp_path / "other" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": "SEQ_2_SEQ_LM"}))
+    with pytest.raises(UserError, match=r"'one' and 'other' .*CAUSAL_LM.*SEQ_2_SEQ_LM"):
+        merge_them(paths, tmp_path, no_eval=True)
+
+
+def test_glue_does_not_score_language_models(tmp_path):
+    base = make_base("llama", tmp_path / "base")
+    paths = {"rte": make_adapter("llama", base, tmp_path / "rte", 1)}
+    with pytest.raises(UserError, match=r"CAUSAL_LM.*--no-eval"):
+        merge_them(paths, tmp_path)
