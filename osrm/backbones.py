@@ -96,9 +96,19 @@ class Kind:
         return self.task_type or self.model_class or "without a task_type"
 
     @property
-    def classifies(self) -> bool:
-        """Whether the head is that of text classification: new, and a task's own."""
-        return self.task_type == "SEQ_CLS"
+    def class_name(self) -> str:
+        """The class of transformers that loads such a model."""
+        return self.model_class or TASK_CLASSES[self.task_type]
+
+    @property
+    def classifies_text(self) -> bool:
+        """Whether it is what train_glue.py trains, and merge.py scores."""
+        return self.class_name.endswith("ForSequenceClassification")
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the head has an output for each class."""
+        return "Classification" in self.class_name
 
     def load(
         self,
@@ -107,17 +117,24 @@ class Kind:
         dtype: torch.dtype | str,
         device: str | None = None,
     ) -> tuple[Any, set[str]]:
-        """The base model as this kind, and the tensors that are new because the base lacks them."""
-        if self.classifies:
+        """The base model as this kind, and the tensors that are new because the base lacks them.
+
+        `labels` are the classes, if the kind has some.
+        """
+        if self.classifies_text:
             model = load_model(backbone, labels, load_tokenizer(backbone), dtype, device=device)
             return model, head_tensors(model)
-        name = self.model_class or TASK_CLASSES[self.task_type]
-        cls: Any = getattr(transformers, name, None)
+        cls: Any = getattr(transformers, self.class_name, None)
         if not hasattr(cls, "from_pretrained"):
-            raise UserError(f"the adapters are of a {name}, which transformers does not have")
-        options = {"dtype": dtype, "device_map": device, "output_loading_info": True}
+            raise UserError(f"the adapters are of a {self}, which transformers does not have")
+        options: dict[str, Any] = {"dtype": dtype, "device_map": device}
+        if labels:
+            options |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
         model, info = _from_hub(cls.from_pretrained, backbone, **options)
-        return model.eval(), set(info["missing_keys"])
+        return model.eval(), {
+            *info["missing_keys"],
+            *(name for name, *_ in info["mismatched_keys"]),
+        }
 
 
 CLASSIFIER = Kind("SEQ_CLS")

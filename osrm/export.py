@@ -122,7 +122,7 @@ def export_model(merged: MergedUpdate, directory: Path) -> None:
     try:
         load_tokenizer(backbone).save_pretrained(directory)
     except UserError:
-        if kind.classifies:
+        if kind.classifies_text:
             raise
     for name in EXTRAS:
         with suppress(OSError):

@@ -280,6 +280,46 @@ def test_two_names_of_one_base_need_backbone_to_say_so(tmp_path):
     assert (out / "average" / "recipe.json").exists()
 
 
+def test_new_classes_of_a_head(tmp_path):
+    """Three classes on a body that has no head, and no task type."""
+    family, base = "vit", str(tmp_path / "base")
+    torch.manual_seed(0)
+    transformers.ViTModel(MODELS["vit"][0], add_pooling_layer=False).save_pretrained(base)
+    paths, models = {}, {}
+    for seed, task in enumerate(("cats", "dogs")):
+        config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["classifier"])
+        start = transformers.ViTForImageClassification.from_pretrained(base, num_labels=3)
+        models[task] = get_peft_model(start, config)
+        torch.manual_seed(seed)
+        for parameter in models[task].parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(std=0.1)
+        paths[task] = str(tmp_path / task)
+        models[task].save_pretrained(paths[task])
+    options = {"methods": ["task_arithmetic"], "scale": 1.0, "no_eval": True}
+    one = merge_them({"cats": paths["cats"]}, tmp_path, "one", export=["model"], **options)
+    expected = logits(family, models["cats"])
+    assert expected.shape[1] == 3
+    loaded = auto(family).from_pretrained(one / "task_arithmetic/models/cats")
+    assert_close(logits(family, loaded), expected)
+    both = merge_them(paths, tmp_path, "both", export=["model"], **options)
+    heads = [load_merged(both / "task_arithmetic", task).classifier.weight for task in paths]
+    assert not torch.equal(*heads)
+
+
+def test_a_sequence_classifier_without_a_task_type_is_scored(tiny, tiny_data, tmp_path):
+    torch.manual_seed(0)
+    start = transformers.AutoModelForSequenceClassification.from_pretrained(tiny["roberta"])
+    options = {"target_modules": ["query"], "modules_to_save": ["classifier"]}
+    get_peft_model(start, LoraConfig(**options)).save_pretrained(tmp_path / "rte")
+    config = json.loads((tmp_path / "rte" / "adapter_config.json").read_text())
+    assert config["task_type"] is None and config["auto_mapping"]
+    out = merge_them(
+        {"rte": tmp_path / "rte"}, tmp_path, methods=["average"], data_dir=str(tiny_data)
+    )
+    assert (out / "results.json").exists()
+
+
 def test_adapters_of_different_task_types_are_refused(tmp_path):
     base = make_base("llama", tmp_path / "base")
     paths = {task: make_adapter("llama", base, tmp_path / task, 1) for task in ("one", "other")}

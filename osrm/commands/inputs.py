@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from osrm.backbones import CLASSIFIER, Kind, find_backbone
+from osrm.backbones import Kind, find_backbone
 from osrm.checkpoints import Checkpoint, check_fits, check_task, named_directories, read_checkpoint
 from osrm.checks import read_json
 from osrm.config import MergeConfig
@@ -110,7 +110,7 @@ def check_kinds(checkpoints: Mapping[str, Checkpoint], no_eval: bool) -> None:
             f" {second}); merge adapters of one task_type"
         )
     (kind,) = kinds
-    if not (no_eval or kind in (CLASSIFIER, Kind())):
+    if not (no_eval or kind.classifies_text or kind == Kind()):
         raise UserError(
             f"the adapters are of kind {kind}, and GLUE's scores need text classification"
             " (SEQ_CLS); add --no-eval"
@@ -130,7 +130,7 @@ def head_labels(task: str, checkpoint: Checkpoint, no_eval: bool) -> tuple[str, 
 
     Scores need GLUE's: without them any other head is refused.
     """
-    if no_eval and not checkpoint.kind.classifies:
+    if no_eval and not checkpoint.kind.has_classes:
         return ()
     matrices = [tensor for tensor in checkpoint.head.values() if tensor.ndim == 2]
     outputs = min(map(len, matrices), default=0)
