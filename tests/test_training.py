@@ -123,7 +123,7 @@ def test_orthonormal_start_and_a_seed_for_each_task(tiny, tiny_data, tmp_path):
     A = {key: adapter.updates[first].A for key, adapter in starts.items()}
     assert not torch.equal(A["gaussian", "rte"], A["gaussian", "sst2"])
     torch.testing.assert_close(A["analytical", "rte"] @ A["analytical", "rte"].T, torch.eye(2))
-    heads = {key: head["classifier.dense.weight"] for key, (_, head, _) in starts.items()}
+    heads = {key: adapter.head["classifier.dense.weight"] for key, adapter in starts.items()}
     assert not torch.equal(heads["gaussian", "rte"], heads["gaussian", "sst2"])
     # The two arms of a comparison differ in A alone.
     assert torch.equal(heads["gaussian", "rte"], heads["analytical", "rte"])
