@@ -69,9 +69,6 @@ def collect(directories: dict[str, str], merged: Path, run: str, seed: int) -> d
         "search": results["search"],
         "interference": {
             **{name: interference[name]["overall"] for name in (*MATRICES, *VECTORS)},
-            "error": {
-                name: error["overall"] for name, error in interference["merge_error"].items()
-            },
             "modules": interference["modules"],
             "layers": layers,
         },
