@@ -38,6 +38,14 @@ def collect(directories: dict[str, str], merged: Path, run: str, seed: int) -> d
         for file in ("args.json", "metrics.json")
     )
     first = next(iter(args.values()))
+    training = {name: first[name] for name in TRAINING}
+    if not first["load_model_path"]:  # a transform has these flags, too, but trains nothing
+        training |= {
+            "lr": {task: run["lr"] for task, run in args.items()},
+            "epochs": {task: run["epochs"] for task, run in args.items()},
+            "examples": {task: run["data"]["train"]["examples"] for task, run in args.items()},
+            "seconds": sum(values["train_runtime"] for values in metrics.values()),
+        }
     layers = {name: interference[name]["modules"] for name in ("shift", "energy_before")}
     return {
         "run": run,
@@ -47,13 +55,7 @@ def collect(directories: dict[str, str], merged: Path, run: str, seed: int) -> d
         "environment": results["environment"],
         "backbone": results["backbone"],
         "tasks": list(directories),
-        "training": {
-            **{name: first[name] for name in TRAINING},
-            "lr": {task: run["lr"] for task, run in args.items()},
-            "epochs": {task: run["epochs"] for task, run in args.items()},
-            "examples": {task: run["data"]["train"]["examples"] for task, run in args.items()},
-            "seconds": sum(values.get("train_runtime", 0.0) for values in metrics.values()),
-        },
+        "training": training,
         "transform": first["transform"] if first["load_model_path"] else None,
         "evaluation": results["evaluation"],
         "rows": [
@@ -67,9 +69,6 @@ def collect(directories: dict[str, str], merged: Path, run: str, seed: int) -> d
         "search": results["search"],
         "interference": {
             **{name: interference[name]["overall"] for name in (*MATRICES, *VECTORS)},
-            "error": {
-                name: error["overall"] for name, error in interference["merge_error"].items()
-            },
             "modules": interference["modules"],
             "layers": layers,
         },

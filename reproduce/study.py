@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
@@ -12,8 +11,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from bootstrap import example_resamples, interval, seed_interval
+from intervals import Difference, holm, student
 from plan import STARTS, STUDIES
+
+from osrm import metrics
+from osrm.glue import TASKS
+
+Array = np.ndarray
 
 TITLES = {
     "gaussian": "LoRA",
@@ -25,40 +29,13 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class Difference:
-    """One start minus another, paired by seed, × 100, with its interval."""
+REFERENCES = ("pre-trained", "individual")
+"""The rows that are no merge."""
 
-    mean: float
-    low: float
-    high: float
-    seeds: tuple[int, ...]
 
-    def __str__(self) -> str:
-        text = f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
-        return f"{text}, one seed" if len(self.seeds) == 1 else text
-
-    @property
-    def verdict(self) -> str:
-        """Whether the interval is above 0."""
-        return self.above(0)
-
-    @property
-    def sign(self) -> str:
-        """Higher or lower if the interval excludes 0; undecided with one seed."""
-        if self.low == self.high == 0:
-            return "equal"
-        if len(self.seeds) == 1 or self.low <= 0 <= self.high:
-            return "undecided"
-        return "higher" if self.low > 0 else "lower"
-
-    def above(self, bound: float) -> str:
-        """Whether the interval is above a bound; undecided with one seed."""
-        if len(self.seeds) > 1 and self.low > bound:
-            return "shows here"
-        if len(self.seeds) > 1 and self.high <= bound:
-            return "does not show here"
-        return "undecided here"
+def score(task: str, predicted: Array, true: Array) -> Array:
+    """The task's score (...) of predictions and labels (..., examples)."""
+    return metrics.scores(TASKS[task].metrics, predicted, true)[TASKS[task].score]
 
 
 class Study:
@@ -78,10 +55,10 @@ class Study:
                     None
                 )
                 continue
+            add_measures(record["rows"])
             self.records.setdefault(path.parent.name, {})[int(path.stem)] = record
         self.settings: dict[str, Any] = STUDIES.get(self.name, {})
         self._predictions: dict[tuple[str, int], pd.DataFrame | None] = {}
-        self._resamples: dict[tuple[str, int], Mapping[str, Any]] = {}
 
     @property
     def starts(self) -> list[str]:
@@ -98,7 +75,7 @@ class Study:
         return [*names]
 
     def values(self, run: str, row: str, what: str = "average") -> dict[int, float]:
-        """{seed: one number of a row}; `what` may be normalised_average, merge_seconds, ..."""
+        """{seed: one number of a row}; `what` is of the record or of `add_measures`."""
         return {
             seed: line[what]
             for seed, record in self.records.get(run, {}).items()
@@ -133,40 +110,24 @@ class Study:
                 self.problems[f"{run}/{path.name} is not there or not whole; not paired."] = None
         return self._predictions[key]
 
-    def resamples(self, run: str, seed: int) -> Mapping[str, Any]:
-        """{row: average score (resamples,)} of a run that has predictions; computed once."""
-        key = run, seed
-        if key not in self._resamples:
-            rows = [row["name"] for row in self.records[run][seed]["rows"]]
-            self._resamples[key] = example_resamples(self.predictions(run, seed), rows)
-        return self._resamples[key]
+    def paired(self, run: str, other: str) -> list[int]:
+        """The seeds that both have on the same examples."""
+        seeds = self.records.get(run, {}).keys() & self.records.get(other, {}).keys()
+        return [seed for seed in sorted(seeds) if self.comparable(run, other, seed)]
 
-    def difference(
-        self, run: str, other: str, row: str, relative: bool = False
-    ) -> Difference | None:
-        """The first run minus the second, over the seeds that both have on the same examples.
+    def differences(self, run: str, other: str, what: str = "average") -> dict[str, Difference]:
+        """{row: the first run minus the second, paired by seed}.
 
-        Args:
-            relative: divide by the second, in percent.
+        The merging methods of one comparison are a family: their p are corrected by Holm.
         """
-        first, second = self.values(run, row), self.values(other, row)
-        seeds = sorted(
-            seed for seed in first.keys() & second.keys() if self.comparable(run, other, seed)
-        )
-        if not seeds:
-            return None
-
-        def compare(ours: Any, theirs: Any) -> Any:
-            return (ours - theirs) / theirs if relative else ours - theirs
-
-        low, high = interval(
-            {
-                seed: compare(self.resamples(run, seed)[row], self.resamples(other, seed)[row])
-                for seed in seeds
-            }
-        )
-        middle = mean(compare(first[seed], second[seed]) for seed in seeds)
-        return Difference(100 * middle, 100 * low, 100 * high, tuple(seeds))
+        seeds, found = self.paired(run, other), {}
+        for row in self.rows:
+            ours, theirs = self.values(run, row, what), self.values(other, row, what)
+            both = shared(seeds, ours, theirs)
+            if each := student({seed: ours[seed] - theirs[seed] for seed in both}):
+                found[row] = each
+        alone = {row: found.pop(row) for row in REFERENCES if row in found}
+        return alone | holm(found)
 
     def comparable(self, run: str, other: str, seed: int) -> bool:
         """Whether two runs were scored on the same examples; if not, note the problem."""
@@ -181,12 +142,20 @@ class Study:
         return same
 
 
-def over_seeds(differences: Mapping[int, float]) -> Difference | None:
-    """One difference per seed, × 100, with Student's interval: for values without predictions."""
-    if len(differences) < 2:
-        return None
-    values = [100 * difference for difference in differences.values()]
-    return Difference(mean(values), *seed_interval(values), tuple(differences))
+def add_measures(rows: list[dict[str, Any]]) -> None:
+    """Add to each row its merging loss, individual − merged, and its averages without a task."""
+    individual = next((row["average"] for row in rows if row["name"] == "individual"), None)
+    for row in rows:
+        if individual is not None and row["name"] not in REFERENCES:
+            row["loss"] = individual - row["average"]
+        for task in row["scores"]:
+            rest = [score for other, score in row["scores"].items() if other != task]
+            row[f"without {task}"] = mean(rest) if rest else None
+
+
+def shared(*seeds: Iterable[int]) -> list[int]:
+    """The seeds that all have."""
+    return sorted(set.intersection(*map(set, seeds)))
 
 
 def spread(values: Sequence[float], factor: float = 100, digits: int = 1) -> str:

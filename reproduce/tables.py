@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
 import numpy as np
-from bootstrap import Array, score
+from intervals import Difference, holm, student
 from plan import QUESTIONS, varied_runs
-from study import TITLES, Study, area, spread
+from simulation import reliability, resampled_differences
+from study import REFERENCES, TITLES, Array, Study, area, score, shared, spread
 
 from osrm.glue import TASKS
 
@@ -18,10 +19,12 @@ METHODS = ("task_arithmetic", "ties", "emr")
 """The methods that merge every run."""
 PAIRS = [
     ("analytical", "gaussian"),
+    ("gaussian-norm1", "gaussian"),
     ("analytical", "gaussian-norm1"),
     ("analytical", "orthogonal"),
     ("analytical", "release"),
     ("contrastive", "gaussian"),
+    ("contrastive", "gaussian-norm1"),
     ("contrastive", "orthogonal"),
     ("contrastive", "analytical"),
 ]
@@ -43,8 +46,14 @@ def title(run: str) -> str:
 
 
 def main_table(study: Study) -> Table:
-    """Average score of each row and start, mean ± standard deviation over the seeds."""
+    """Average score of each row and start, mean ± standard deviation; the mean merging loss."""
     head, *lines = start_table(study, "average")
+    for line in lines:
+        losses = [study.values(start, line[0], "loss").values() for start in study.starts]
+        line[1:-1] = [
+            f"{cell} ({100 * mean(each):.1f})" if each else cell
+            for cell, each in zip(line[1:-1], losses)
+        ]
     for name, choose in CONSTANTS.items():
         middle = f"{100 * mean(constants(study, choose).values() or [0.0]):.1f}"
         lines.append([name, *[middle] * len(study.starts), "–"])
@@ -67,7 +76,7 @@ def seconds(study: Study, runs: Iterable[str]) -> list[str]:
     cells = []
     for run in runs:
         records = study.records.get(run, {}).values()
-        times = [record["training"]["seconds"] for record in records if not record.get("transform")]
+        times = [r["training"]["seconds"] for r in records if "seconds" in r["training"]]
         cells.append(f"{mean(times):.0f}" if times else "–")
     return cells
 
@@ -144,14 +153,52 @@ def best_constant(task: str, labels: Array) -> float:
 CONSTANTS = {"most frequent label": most_frequent, "best constant": best_constant}
 
 
-def difference_table(study: Study) -> Table:
-    """Paired differences × 100 with their 95 % intervals."""
+def difference_table(study: Study, what: str = "average") -> Table:
+    """Paired differences × 100 of the starts with their 95 % intervals."""
     pairs = [pair for pair in PAIRS if set(pair) <= {*study.starts}]
-    lines = [["", *(f"{title(a)} − {title(b)}" for a, b in pairs), "merge, s"]]
+    found = {
+        f"{title(run)} − {title(other)}": study.differences(run, other, what)
+        for run, other in pairs
+    }
+    return by_row(study, found)
+
+
+def method_table(study: Study) -> Table:
+    """Each method less task arithmetic, paired by seed; the methods are one family."""
+    found = {}
+    for start in study.starts:
+        base = study.values(start, METHODS[0])
+        family = {}
+        for row in {*study.rows} - {*REFERENCES, METHODS[0]}:
+            values = study.values(start, row)
+            each = student({seed: values[seed] - base[seed] for seed in shared(values, base)})
+            family |= {row: each} if each else {}
+        found[title(start)] = holm(family)
+    return by_row(study, found)
+
+
+def by_row(study: Study, found: Mapping[str, Mapping[str, Difference]]) -> Table:
+    """A column for each {row: difference}."""
+    lines = [["", *found]]
     for row in study.rows:
-        cells = [study.difference(*pair, row) for pair in pairs]
-        time = merging(study, study.starts, [row])
-        lines.append([row, *(str(cell or "–") for cell in cells), time])
+        if any(row in column for column in found.values()):
+            lines.append([row, *(str(column.get(row, "–")) for column in found.values())])
+    return lines
+
+
+def reliability_table(study: Study) -> Table:
+    """What the intervals of few and of many seeds hold, and which differences they find."""
+    scores = resampled_differences(study, PAIRS)
+    count = len({*study.rows} - {*REFERENCES})
+    head = ["seeds", "intervals with the truth, %", "families with a false *, %"]
+    lines = [[*head, "found, one method", f"found, {count} methods"]]
+    for seeds in (3, 5, 8, 10, 16) if scores else ():
+        found = reliability(scores, seeds)
+        shares = [
+            f"{100 * min(each):.1f} to {100 * max(each):.1f}"
+            for each in (found.coverage, found.false)
+        ]
+        lines.append([str(seeds), *shares, f"{found.alone:.1f}", f"{found.corrected:.1f}"])
     return lines
 
 
@@ -177,15 +224,13 @@ def contrasts(question: str) -> list[tuple[str, str]]:
 
 
 def contrast_table(study: Study, question: str) -> Table:
-    """The paired differences of one question, and the sign of task arithmetic's."""
-    lines = [["", "seeds", "single task", "task arithmetic", "TIES", "EMR", "task arithmetic is"]]
+    """The paired differences of one question."""
+    lines = [["", "seeds", "single task", "task arithmetic", "TIES", "EMR"]]
     for run, other in contrasts(question):
-        cells = [study.difference(run, other, row) for row in ("individual", *METHODS)]
-        judged_by = cells[1]
-        seeds = str(len(judged_by.seeds)) if judged_by else "–"
-        verdict = judged_by.sign if judged_by else "not run yet"
-        name = f"{title(run)} − {title(other)}"
-        lines.append([name, seeds, *(str(cell or "–") for cell in cells), verdict])
+        found = study.differences(run, other)
+        cells = [str(found.get(row, "–")) for row in ("individual", *METHODS)]
+        seeds = str(len(study.paired(run, other)) or "not run yet")
+        lines.append([f"{title(run)} − {title(other)}", seeds, *cells])
     return lines
 
 
@@ -233,7 +278,7 @@ def run_table(study: Study, runs: Sequence[str]) -> Table:
     """A line per run: scores, energies along A before training, drift, shifts, times."""
     head = ["", "seeds", "single task", "task arithmetic", "TIES", "EMR"]
     head += ["A: own energy", "A: others'", "overlap", "drift of A", "shift, own", "shift, others"]
-    head += ["error, merged", "merges, s"]
+    head += ["merges, s"]
     lines = [[*head, "training, s"]]
     for run in runs:
         if run not in study.records:
@@ -271,12 +316,6 @@ def drift(record: dict[str, Any]) -> float | None:
     return known_mean(np.array(record["interference"]["drift"], dtype=float))
 
 
-def merge_error(record: dict[str, Any]) -> float | None:
-    """‖(M − ΔW) Xᵀ‖ / ‖W0 Xᵀ‖ of the task-arithmetic merge M, mean over the tasks."""
-    errors = record["interference"]["error"].get("task_arithmetic")
-    return mean(errors) if errors else None
-
-
 MEASURES = [
     (side("energy_before", True), 1, 2),
     (side("energy_before", False), 1, 2),
@@ -284,7 +323,6 @@ MEASURES = [
     (drift, 1, 2),
     (side("shift", True), 100, 1),
     (side("shift", False), 100, 1),
-    (merge_error, 100, 1),
 ]
 
 

@@ -29,6 +29,7 @@ pytest.importorskip("snakemake")
 
 sys.path.insert(0, str(ROOT / "reproduce"))
 
+from collect import MATRICES, TRAINING, VECTORS, collect
 from plan import SCIENCE, STUDIES, chosen_rates, runs
 
 QUESTIONS = ["methods", *SCIENCE["questions"]]
@@ -198,9 +199,26 @@ def test_what_lasts_of_a_run_is_what_its_merge_and_training_said(tiny, tiny_data
         seconds += json.loads((Path(path) / "metrics.json").read_text())["train_runtime"]
     assert found["training"]["seconds"] == pytest.approx(seconds, rel=1e-3)
     assert found["training"]["rank"] == 2 and found["transform"] is None
+    assert found["training"]["lr"] == {"rte": config.lr, "sst2": config.lr}
     assert len(pd.read_parquet(files[1])) == sum(
         each["eval_samples"] for each in results["rows"][0]["metrics"].values()
     )
+
+
+def test_a_transform_records_no_training(tmp_path):
+    """Its run has --lr and --epochs like any other, and uses neither."""
+    table = {"overall": 0, "modules": {}}
+    flags = {"lr": 4e-4, "epochs": 10, "transform": "nullify", "load_model_path": "x.json"}
+    results = {"environment": {}, "backbone": "x", "evaluation": {}, "rows": [], "search": {}}
+    for name, content in {
+        "results.json": results,
+        "interference.json": {**dict.fromkeys((*MATRICES, *VECTORS), table), "modules": []},
+        "metrics.json": {},
+        "args.json": {**dict.fromkeys(TRAINING), **flags},
+    }.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    found = collect({"rte": str(tmp_path)}, tmp_path, "gaussian+nullify", 42)
+    assert found["transform"] == "nullify" and found["training"].keys() == {*TRAINING}
 
 
 def test_the_rate_of_a_start_is_the_mildest_that_cannot_be_told_from_the_best(tree):
