@@ -115,13 +115,8 @@ def _find_tensors(model: Any, base: Path) -> dict[str, tuple[Path, str]]:
     """{tensor of the model: (file, its name there)} of a base; empty if it has no safetensors."""
     if not any((base / name).exists() for name in (DENSE, INDEX)):
         return {}
-    prefix = f"{model.base_model_prefix}."
-    tensors = {}
-    for stored, file in tensor_files(base).items():
-        # A base may have old names of a norm's parameters, and lack the prefix of the body.
-        name = stored.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
-        tensors[prefix + name.removeprefix(prefix)] = file, stored
-    return tensors
+    prefix = f"{model.base_model_prefix}."  # which the file of a body lacks
+    return {prefix + name.removeprefix(prefix): each for name, each in tensor_files(base).items()}
 
 
 def _write_shards(directory: Path, sizes: dict[str, int], read: Callable[[str], Tensor]) -> None:
