@@ -169,17 +169,18 @@ def _read_dense(
         raise UserError(f"{path}: {lacks}; it is a checkpoint of another backbone")
     updates: dict[str, Update] = {}
     head, others = {}, []
-    for name, file in sorted(files.items()):
-        tensor = read_tensor(file, name)
+    for name, (file, there) in sorted(files.items()):
+        tensor = read_tensor(file, there)
         if tensor.is_complex() or not (tensor := tensor.float()).isfinite().all():
-            raise UserError(f"{file}: '{name}' has NaN, infinity or complex numbers; train again")
+            raise UserError(f"{file}: '{there}' has NaN, infinity or complex numbers; train again")
         if name in new:
             head[name] = tensor
         elif name in own and torch.equal(own[name].float().cpu(), tensor):
             continue
         elif name in linear and own[name].shape == tensor.shape:
             transposed = isinstance(linear[name], Conv1D)
-            updates[name.removesuffix(".weight")] = _difference(file, name, own[name], transposed)
+            layer = name.removesuffix(".weight")
+            updates[layer] = _difference(file, there, own[name], transposed)
         else:
             others.append(name)
     if others:
@@ -196,16 +197,24 @@ def _difference(file: Path, name: str, base: Tensor, transposed: bool) -> Callab
     return read
 
 
-def tensor_files(path: Path) -> dict[str, Path]:
-    """{tensor: file} of a model's directory; one file of all comes first, as in transformers."""
+def tensor_files(path: Path) -> dict[str, tuple[Path, str]]:
+    """{tensor: (file, its name there)} of a model's directory; one file of all comes first.
+
+    The file may have the old names of a norm's parameters: gamma and beta.
+    """
     if (path / INDEX).exists() and not (path / DENSE).exists():
         index = checks.read_json(path / INDEX, "checkpoint")
         try:
-            return {name: path / Path(file).name for name, file in index["weight_map"].items()}
+            files = {name: path / Path(file).name for name, file in index["weight_map"].items()}
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{path / INDEX}: no weight_map in it; save the model again") from None
-    with opened(path / DENSE) as file:
-        return dict.fromkeys(file.keys(), path / DENSE)
+    else:
+        with opened(path / DENSE) as file:
+            files = dict.fromkeys(file.keys(), path / DENSE)
+    return {
+        name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias"): (file, name)
+        for name, file in files.items()
+    }
 
 
 def read_tensor(path: Path, name: str) -> Tensor:

@@ -135,11 +135,9 @@ def _find_tensors(model: Any, base: Path) -> dict[str, tuple[Path, str]]:
         return {}
     own, prefix = model.state_dict(), f"{model.base_model_prefix}."
     tensors = {}
-    for stored, file in tensor_files(base).items():
-        # A base may have old names of a norm's parameters, and another head, or none.
-        name = stored.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
-        names = name, prefix + name, name.removeprefix(prefix)
-        tensors[next((n for n in names if n in own), name)] = file, stored
+    for stored, file in tensor_files(base).items():  # of a model with another head, or with none
+        names = stored, prefix + stored, stored.removeprefix(prefix)
+        tensors[next((name for name in names if name in own), stored)] = file
     return tensors
 
 

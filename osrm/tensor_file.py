@@ -32,7 +32,8 @@ def opened(path: Path) -> Iterator[Any]:
         path.open("rb").close()  # safetensors says "No such file" whatever the reason
         with safe_open(path, framework="pt") as file:
             yield file
-    except (OSError, SafetensorError) as error:
+    # AttributeError: torch is older than the file's precision.
+    except (OSError, SafetensorError, AttributeError) as error:
         raise UserError(f"{path}: not readable ({first_line(error)}); save it again") from None
 
 

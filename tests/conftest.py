@@ -5,9 +5,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports the hub's client
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from importlib.util import find_spec
+
 from jaxtyping import install_import_hook
 
-# Every shape that these files' annotations promise is checked in the tests.
+# Every shape that these files' annotations promise is checked in the tests, if beartype is there.
 NUMBERS = (
     "moments",
     "subspace",
@@ -20,7 +22,8 @@ NUMBERS = (
     "lending",
     "interference",
 )
-install_import_hook([f"osrm.{name}" for name in NUMBERS], "beartype.beartype")
+if find_spec("beartype"):
+    install_import_hook([f"osrm.{name}" for name in NUMBERS], "beartype.beartype")
 
 import gc
 import json

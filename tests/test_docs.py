@@ -13,6 +13,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch.distributed.run import get_args_parser
 from transformers import AutoModelForSequenceClassification
@@ -69,7 +70,8 @@ def check(command: str, monkeypatch, tmp_path) -> None:
         )
         return
     if program == "pip":
-        assert words == ["install", ".[reproduce]"]
+        lowest = ["install", "--editable", ".[dev]", "--constraint", "tests/lowest.txt"]
+        assert words in (["install", ".[reproduce]"], lowest)
         return
     if program == "vllm":  # not installed here: the flags that its documentation has
         flags = {word for word in words if word.startswith("--")}
@@ -285,12 +287,27 @@ def test_the_map_is_the_tree():
     assert there == shown
 
 
-def test_environment_yml_is_in_step_with_pyproject():
+def required() -> list[str]:
+    """The packages of pyproject.toml, with their bounds."""
     text = (ROOT / "pyproject.toml").read_text()
-    required = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)[1]
+    return re.findall(r'"(.*?)"', re.search(r"^dependencies = \[\n(.*?)^\]", text, re.M | re.S)[1])
+
+
+def test_environment_yml_is_in_step_with_pyproject():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert environment["name"] == "trft"
     conda, (pip,) = environment["dependencies"][:-1], environment["dependencies"][-1].values()
-    assert pip == re.findall(r'"(.*?)"', required)
-    python = re.search(r'requires-python = "(.*?)"', text)[1]
+    assert pip == required()
+    python = re.search(r'requires-python = "(.*?)"', (ROOT / "pyproject.toml").read_text())[1]
     assert conda == [f"python{python}", "pip"]
+
+
+def test_the_tested_versions_are_those_of_the_bounds():
+    row = r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|$"
+    tested = re.findall(row, PAGES["CONTRIBUTING.md"], re.MULTILINE)
+    pinned = (ROOT / "tests/lowest.txt").read_text().splitlines()
+    assert len(tested) == len(required())
+    for each, (name, lowest, newest) in zip(required(), tested):
+        package, lower, upper = re.fullmatch(r"(\w+)>=([\d.]+),<([\d.]+)", each).groups()
+        assert package == name and f"{name}=={lowest}" in pinned
+        assert Version(lower) == Version(lowest) <= Version(newest) < Version(upper)

@@ -249,11 +249,16 @@ def store_base(family: str, stored: str, dtype: torch.dtype, tiny, base: Path) -
     model.save_pretrained(base, max_shard_size="20KB" if stored == "shards" else "1GB")
     AutoTokenizer.from_pretrained(tiny[family]).save_pretrained(base)
     if stored == "names of old":
-        old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-        tensors = load_file(base / "model.safetensors")
-        for new, name in old.items():
-            tensors = {key.replace(new, name): each for key, each in tensors.items()}
-        save_file(tensors, base / "model.safetensors", {"format": "pt"})
+        rename_norms(base / "model.safetensors")
+
+
+def rename_norms(file: Path) -> None:
+    """Give the norms' parameters their old names, as BERT's first checkpoints have them."""
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = load_file(file)
+    for new, name in old.items():
+        tensors = {key.replace(new, name): each for key, each in tensors.items()}
+    save_file(tensors, file, {"format": "pt"})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -430,6 +435,18 @@ def test_a_recipe_knows_the_base_of_dense_checkpoints(tiny, tmp_path):
     out = merge_them({"polite": str(tmp_path / "dense")}, tmp_path, **options)
     again = repeat(out / "average" / "recipe.json", tmp_path / "again", no_eval=True)
     assert written(again) == written(out / "average")
+
+
+def test_a_dense_checkpoint_may_have_a_norms_old_names(tiny, tmp_path):
+    """transformers saves a model under the names of its base's file, if it was loaded from one."""
+    model = AutoModelForSequenceClassification.from_pretrained(tiny["roberta"])
+    model.state_dict()["roberta.encoder.layer.0.attention.self.query.weight"].add_(1)
+    options = {"methods": ["average"], "backbone": str(tiny["roberta"]), "no_eval": True}
+    model.save_pretrained(tmp_path / "dense")
+    expected = merge_them({"polite": tmp_path / "dense"}, tmp_path, "new", **options)
+    rename_norms(tmp_path / "dense" / "model.safetensors")
+    found = merge_them({"polite": tmp_path / "dense"}, tmp_path, "old", **options)
+    assert written(found / "average") == written(expected / "average")
 
 
 @pytest.mark.parametrize("damage", ["change", "configure", "remove"])

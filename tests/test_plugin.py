@@ -42,7 +42,7 @@ TARGETS = {
     "llama": ["q_proj", "v_proj"],
     "gpt2": ["c_attn"],
     "t5": ["q", "v"],
-    "vit": ["q_proj", "v_proj"],
+    "vit": ["q_proj", "v_proj", "query", "value"],  # by the version of transformers
 }
 HEADS = {
     "llama": AutoModelForCausalLM,

@@ -121,12 +121,17 @@ def test_two_processes_find_the_features_of_one(family, still, data, banks, tmp_
             assert (own - other).norm() < 1e-5 * own.norm()
 
 
+sharding = pytest.mark.skipif(
+    torch.__version__ < "2.11", reason="FSDP on the CPU fails in torch 2.6; 2.7 to 2.10: untested"
+)
+
+
 @pytest.mark.parametrize(
     "launcher, family",
     [
         ("torchrun", "roberta"),
-        ("forked fsdp", "llama"),
-        pytest.param("fsdp", "llama", marks=pytest.mark.sweep),
+        pytest.param("forked fsdp", "llama", marks=sharding),
+        pytest.param("fsdp", "llama", marks=[sharding, pytest.mark.sweep]),
         pytest.param("accelerate", "llama", marks=pytest.mark.sweep),
     ],
 )
