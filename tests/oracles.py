@@ -87,7 +87,7 @@ def ties(updates, density, scale, trim="global"):
     return unflatten(updates, [np.array(merged)] * len(vectors))
 
 
-def emr(updates):
+def emr(updates, scale=1.0):
     vectors = flatten(updates)
     tasks, size = len(vectors), len(vectors[0])
     masked = np.zeros((tasks, size))
@@ -108,11 +108,12 @@ def emr(updates):
             own += sum(abs(vectors[t][start:end])) / (end - start)
             unified += sum(abs(masked[t, start:end])) / (end - start)
             start = end
-        received.append(masked[t] * (own / unified) if unified > 0 else np.zeros(size))
+        rescaler = scale * own / unified if unified > 0 else 0.0
+        received.append(rescaler * masked[t])
     return unflatten(updates, received)
 
 
-def fisher(updates, information):
+def fisher(updates, information, scale=1.0):
     """`information` has the form of `updates`."""
     vectors, informed = flatten(updates), flatten(information)
     norms = [sum(vector**2) ** 0.5 + 1e-6 for vector in informed]
@@ -120,7 +121,7 @@ def fisher(updates, information):
     for entries, values in zip(zip(*vectors), zip(*informed)):
         importance = [(value + 1e-6) / norm for value, norm in zip(values, norms)]
         weighted = [f * entry for f, entry in zip(importance, entries)]
-        merged.append(sum(weighted) / sum(importance))
+        merged.append(scale * sum(weighted) / sum(importance))
     return unflatten(updates, [np.array(merged)] * len(vectors))
 
 
@@ -138,13 +139,13 @@ def second_moment(rows, ridge, off_diagonal):
     return moment
 
 
-def regmean(updates, rows, ridge, off_diagonal):
+def regmean(updates, rows, ridge, off_diagonal, scale=1.0):
     """`rows` maps a module's name to an array of inputs for each task."""
 
     def merge_one(name, deltas):
         moments = [second_moment(each, ridge, off_diagonal) for each in rows[name]]
         weighted = sum(delta @ moment for delta, moment in zip(deltas, moments))
-        return weighted @ np.linalg.inv(sum(moments))
+        return scale * weighted @ np.linalg.inv(sum(moments))
 
     return shared(updates, merge_one)
 

@@ -43,10 +43,10 @@ CASES = [
     ("dare_linear", {"drop_rate": 0.9, "seed": 3, "scale": 1.0, "weights": WEIGHTS}),
     ("dare_ties", {"drop_rate": 0.5, "seed": 1, "density": 0.5, "scale": 1.0}),
     ("dare_ties", {"drop_rate": 0.75, "density": 0.2, "scale": 0.7, "trim": "tensor"}),
-    ("emr", {}),
-    ("fisher", {}),
+    ("emr", {"scale": 0.7}),
+    ("fisher", {"scale": 0.7}),
     ("regmean", {"ridge": 1e-3, "off_diagonal": 1.0}),
-    ("regmean", {"ridge": 0.0, "off_diagonal": 0.9}),
+    ("regmean", {"ridge": 0.0, "off_diagonal": 0.9, "scale": 0.7}),
     ("regmean", {"ridge": 0.5, "off_diagonal": 0.0}),
     ("knots_ties", {"density": 1.0, "scale": 1.0}),
     ("knots_ties", {"density": 0.3, "scale": 0.7}),
@@ -64,9 +64,9 @@ KEEPS_EQUAL_UPDATES = [
     ("ties", {"density": 1.0, "scale": 0.7}, False),
     ("dare_linear", {"drop_rate": 0.0, "scale": 0.25}, True),
     ("dare_ties", {"drop_rate": 0.0, "scale": 0.7}, False),
-    ("emr", {}, False),
-    ("fisher", {}, False),
-    ("regmean", {"ridge": 0.1, "off_diagonal": 0.5}, False),
+    ("emr", {"scale": 0.7}, False),
+    ("fisher", {"scale": 0.7}, False),
+    ("regmean", {"ridge": 0.1, "off_diagonal": 0.5, "scale": 0.7}, False),
     ("knots_ties", {"density": 1.0, "scale": 0.7}, False),
     ("core_space", {"inner": "task_arithmetic", "scale": 0.25}, True),
     ("core_space", {"inner": "ties", "density": 1.0, "scale": 0.7}, False),
@@ -414,6 +414,18 @@ class TestTheorems:
         doubled = {module: 2 * deltas for module, deltas in updates.items()}
         wanted = {module: 2 * merged[module] for module in updates}
         assert_near(run(name, doubled, **knobs), wanted, tolerance=1e-6, floor=0)
+
+    def test_the_merged_is_linear_in_its_scale(self, name, knobs):
+        """The search rescales what was merged with λ = 1; it must be what another λ gives."""
+        if "scale" not in METHODS[name].knobs:
+            assert "unknown knob 'scale'" in refused(name, {"scale": 1.0})
+            return
+        updates = gaussian()
+        one = run(name, updates, **{**knobs, "scale": 1.0})
+        for scale in (-0.3, 1.7, 1e-3):
+            wanted = {module: scale * one[module] for module in updates}
+            other = run(name, updates, **{**knobs, "scale": scale})
+            assert_near(other, wanted, tolerance=1e-6, floor=1e-9)
 
     def test_half_precision_is_computed_in_float32(self, name, knobs):
         half = {module: deltas.bfloat16() for module, deltas in gaussian().items()}
@@ -898,9 +910,9 @@ def test_every_problem_with_knobs_is_named_in_one_line():
         "merging method 'ties': unknown knob 'densty' (known: density, scale, trim); "
         "density: expected a number in (0, 1], found 0; scale: expected a finite number, found nan"
     )
-    assert "unknown knob 'scale' (known: none)" in refused("emr", {"scale": 1.0})
+    assert "unknown knob 'scale' (known: weights)" in refused("average", {"scale": 1.0})
     # What they need beside the updates is no knob.
-    assert "unknown knob 'updates' (known: none)" in refused("fisher", {"updates": 1.0})
+    assert "unknown knob 'updates' (known: scale)" in refused("fisher", {"updates": 1.0})
 
 
 NO_NUMBER = [math.nan, math.inf, -math.inf, "1", None, False, [0.2]]

@@ -69,7 +69,8 @@ class Merger:
             size = sum(path.stat().st_size for path in (directory / "updates").iterdir()) / 2**20
             self.costs[name] = {"merge_seconds": seconds, "merge_peak_gib": peak, "size_mib": size}
             if statistics is not None and method.needs == "moments":
-                conditions = [condition(statistics[module], **knobs) for module in vectors]
+                equations = {knob: value for knob, value in knobs.items() if knob != "scale"}
+                conditions = [condition(statistics[module], **equations) for module in vectors]
                 self.costs[name]["condition"] = max(conditions)
             logger.info(
                 "%s: %d tasks merged in %.1f s, peak memory %.2f GiB, update of %.1f MiB",

@@ -135,7 +135,7 @@ def check_knobs(name: str, knobs: Mapping[str, object]) -> None:
     if name not in METHODS:
         raise UserError(f"unknown merging method {name!r}: choose one of {', '.join(METHODS)}")
     known = METHODS[name].knobs
-    choices = ", ".join(known) or "none"
+    choices = ", ".join(known)
     wrong = [f"unknown knob {knob!r} (known: {choices})" for knob in knobs if knob not in known]
     wrong += problems({knob: knobs[knob] for knob in known if knob in knobs}, CHECKS)
     if wrong:

@@ -7,8 +7,8 @@ from osrm.merging._updates import Inputs, Masked, Parts, pack
 from osrm.task_vectors import Lazy
 
 
-def emr(updates: Inputs) -> Parts:
-    """Task t receives rescaler_t · mask_t · unified; all tasks share `unified`.
+def emr(updates: Inputs, *, scale: float = 1.0) -> Parts:
+    """Task t receives λ · rescaler_t · mask_t · unified; all tasks share `unified`.
 
     rescaler_t = Σ_modules mean|τ_t| / Σ_modules mean|mask_t · unified|, as in the authors' code;
     their paper divides the sums over all entries. A task that agrees nowhere gets zero. The
@@ -27,7 +27,7 @@ def emr(updates: Inputs) -> Parts:
 
     def merged(name: str) -> Masked:
         unified, masks = zip(*(elect(block) for _, block in updates.blocks(name)))
-        return Masked(torch.cat(unified), pack(torch.cat(masks, 1)), rescaler)
+        return Masked(torch.cat(unified), pack(torch.cat(masks, 1)), scale * rescaler)
 
     return Lazy(updates, merged)
 

@@ -13,8 +13,10 @@ FLOOR = 1e-6
 """Added to the Fisher information, so that entries without any get the plain mean."""
 
 
-def fisher(updates: Inputs, statistics: Mapping[str, Float[Tensor, "task out in"]]) -> Parts:
-    """Σ_t c_t F_t τ_t / Σ_t c_t F_t entry by entry, for all tasks alike.
+def fisher(
+    updates: Inputs, statistics: Mapping[str, Float[Tensor, "task out in"]], *, scale: float = 1.0
+) -> Parts:
+    """λ Σ_t c_t F_t τ_t / Σ_t c_t F_t entry by entry, for all tasks alike.
 
     F_t is the diagonal of the task's Fisher information, given in `statistics`. As in MergeLM,
     c_t = 1 / (‖F_t‖ + 10⁻⁶), so that tasks with larger gradients do not count more.
@@ -25,6 +27,7 @@ def fisher(updates: Inputs, statistics: Mapping[str, Float[Tensor, "task out in"
     def merged(name: str) -> Float[Tensor, "out in"]:
         shares = (statistics[name].to(updates.dtype) + FLOOR) / norms[:, None, None]
         shares = shares / shares.sum(0)
-        return torch.cat([(shares[:, rows] * block).sum(0) for rows, block in updates.blocks(name)])
+        blocks = updates.blocks(name)
+        return scale * torch.cat([(shares[:, rows] * block).sum(0) for rows, block in blocks])
 
     return Lazy(updates, merged)

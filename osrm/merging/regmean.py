@@ -21,8 +21,9 @@ def regmean(
     *,
     ridge: float = RIDGE,
     off_diagonal: float = 1.0,
+    scale: float = 1.0,
 ) -> Parts:
-    """argmin Σ_t E‖(ΔW - ΔW_t) h_t‖² = (Σ_t ΔW_t G_t) (Σ_t G_t)⁻¹, with G_t = E[h hᵀ] of task t.
+    """λ argmin Σ_t E‖(ΔW - ΔW_t) h_t‖² = λ (Σ_t ΔW_t G_t) (Σ_t G_t)⁻¹, G_t = E[h hᵀ] of task t.
 
     `statistics` has the moments of every module's inputs in each task's own model. `off_diagonal`
     scales the entries of G_t off the diagonal (paper, Sec. 3.2). `ridge` is δ_t in units of the
@@ -43,7 +44,7 @@ def regmean(
         if failed or (triangle.diagonal().square() <= rounding).any():
             raise UserError(f"regmean: the equations of {name} are singular; take a larger ridge")
         solved = torch.cholesky_solve(torch.cat(weighted).T, triangle).T
-        return LoraPair(solved.to(updates.dtype), torch.cat(B, 1).to(updates.dtype), 1.0)
+        return LoraPair(solved.to(updates.dtype), torch.cat(B, 1).to(updates.dtype), scale)
 
     return Lazy(updates, merged)
 
