@@ -130,11 +130,9 @@ class Kind:
         options: dict[str, Any] = {"dtype": dtype, "device_map": device}
         if labels:
             options |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
-        model, info = _from_hub(cls.from_pretrained, backbone, **options)
-        return model.eval(), {
-            *info["missing_keys"],
-            *(name for name, *_ in info["mismatched_keys"]),
-        }
+        model, info = _from_hub(cls.from_pretrained, backbone, output_loading_info=True, **options)
+        new = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        return model.eval(), new
 
 
 CLASSIFIER = Kind("SEQ_CLS")
