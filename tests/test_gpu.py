@@ -197,7 +197,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32):
     torch.manual_seed(0)
     config = copy.deepcopy(CONFIGS[family])
     config.pad_token_id, config.num_labels = 0, 2
-    return AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval()
+    return AutoModelForSequenceClassification.from_config(config).to(dtype).eval()
 
 
 def batches(family: str, count: int, size: int = 4) -> list[dict[str, Tensor]]:
