@@ -217,7 +217,7 @@ SUPPORTED = (
 HARMLESS = (
     "base_model_name_or_path peft_version revision inference_mode"
     " target_modules exclude_modules layers_to_transform layers_pattern lora_dropout megatron_core"
-    " qalora_group_size eva_config corda_config lora_ga_config loftq_config"
+    " qalora_group_size eva_config corda_config lora_ga_config loftq_config fan_in_fan_out"
 )
 
 

@@ -36,7 +36,14 @@ from hypothesis import strategies as st
 
 from osrm import session
 from osrm.adapters import CONFIG, WEIGHTS, add_lora, save_adapter
-from osrm.backbones import body_fingerprint, find_backbone, load_model, load_tokenizer, projections
+from osrm.backbones import (
+    body_fingerprint,
+    find_backbone,
+    head_tensors,
+    load_model,
+    load_tokenizer,
+    projections,
+)
 from osrm.bank import FeatureFile, check_comparable, read_bank
 from osrm.checkpoints import DENSE, INDEX, check_fits, read_checkpoint
 from osrm.commands import inputs as reading
@@ -391,7 +398,7 @@ def go_on() -> None:
 
 
 def read_dense(folder: str) -> None:
-    checkpoint = read_checkpoint(Path(folder), lambda _: base())
+    checkpoint = read_checkpoint(Path(folder), lambda *_: (base(), head_tensors(base())))
     check_fits(checkpoint, base())
     TaskVectors.stack({"rte": checkpoint.updates})
 

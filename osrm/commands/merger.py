@@ -24,6 +24,7 @@ from osrm.merging import METHODS, merge
 from osrm.merging.regmean import condition
 from osrm.records import Merge, Recipe, Search
 from osrm.session import Session
+from osrm.task_vectors import Lazy
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ class Merger:
     device: torch.device
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
     """{method: the costs of its last merge, as in `Row`}"""
+    statistics: dict[str, Lazy[Any]] = field(default_factory=dict)
+    """{what methods need beside the updates: it, as it was collected}"""
 
     def save(self, methods: Mapping[str, dict[str, Any]]) -> None:
         """Merge with these methods and knobs; each replaces the method's earlier merge."""
@@ -50,10 +53,13 @@ class Merger:
         vectors, dtype = self.inputs.vectors, getattr(torch, self.shared.dtype)
         for name, knobs in methods.items():
             method, directory, statistics = METHODS[name], self.directory / name, None
-            if method.needs:
-                assert self.session is not None
-                padding = self.shared.count_padding
-                statistics = collect_statistics(method.needs, self.session, self.inputs, padding)
+            if needs := method.needs:
+                if needs not in self.statistics:
+                    assert self.session is not None
+                    padding = self.shared.count_padding
+                    collected = collect_statistics(needs, self.session, self.inputs, padding)
+                    self.statistics[needs] = collected
+                statistics = self.statistics[needs]
             recipe = Recipe(
                 **vars(self.shared),
                 method=name,
