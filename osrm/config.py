@@ -149,7 +149,8 @@ class MergeConfig:
     scale: float | None = flag(None, "λ of every method that has one", type=float)
     search: list[float] = flag(
         [],
-        "take the λ of these with the best average score on examples held out of the training data",
+        "take the λ of these with the best average score on examples held out of the training data;"
+        " go on beyond the smallest or largest while it is the best",
         POSITIVE,
         type=float,
     )

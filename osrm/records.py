@@ -13,6 +13,8 @@ from osrm.errors import UserError
 from osrm.merging import check_knobs
 
 RECIPE, RESULTS = "recipe.json", "results.json"
+STEP = 1.5
+"""The factor from the best λ at the edge of a grid to the next one."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,26 @@ class Search:
     chosen_on: str = "held-out data"
 
     @classmethod
-    def choose(
-        cls, grid: list[float], scores: dict[str, list[float]], knobs: dict[str, Any]
-    ) -> Search:
-        """The λ with the best average over the tasks; of equal ones the smallest."""
-        average = [mean(values) for values in zip(*scores.values())]
+    def choose(cls, curves: dict[str, dict[float, float]], knobs: dict[str, Any]) -> Search:
+        """The λ with the best average over the tasks; of equal ones the smallest.
+
+        Args:
+            curves: {task: {λ: score}}
+            knobs: what else was chosen
+        """
+        grid = sorted(next(iter(curves.values())))
+        scores = {task: [curve[scale] for scale in grid] for task, curve in curves.items()}
         # Rounded: averages that are equal as fractions may differ in their last bit.
-        _, best = max(zip(average, grid), key=lambda pair: (round(pair[0], 12), -pair[1]))
-        return cls(grid, scores, average, best, knobs)
+        average = [round(mean(values), 12) for values in zip(*scores.values())]
+        return cls(grid, scores, average, grid[average.index(max(average))], knobs)
+
+    def beyond(self) -> float | None:
+        """The λ to try next, if the best is at an edge of the grid; None if it is inside."""
+        if len(self.grid) > 1 and self.best == self.grid[-1]:
+            return float(f"{self.best * STEP:.3g}")
+        if len(self.grid) > 1 and self.best == self.grid[0] and self.average[0] > self.average[1]:
+            return float(f"{self.best / STEP:.3g}")
+        return None
 
 
 @dataclass(frozen=True)

@@ -265,12 +265,20 @@ def area_table(study: Study) -> Table:
 
 
 def curves(study: Study, run: str, method: str) -> dict[int, tuple[list[float], list[float]]]:
-    """{seed: (grid of λ, held-out averages)}."""
-    searches = {seed: record["search"] for seed, record in study.records.get(run, {}).items()}
+    """{seed: (λ, held-out averages)}, for the λ of all runs: a search may go on beyond its grid."""
+    searches = {
+        (name, seed): dict(
+            zip(record["search"][method]["grid"], record["search"][method]["average"])
+        )
+        for name, records in study.records.items()
+        for seed, record in records.items()
+        if method in record["search"]
+    }
+    grid = sorted(set.intersection(*map(set, searches.values()))) if searches else []
     return {
-        seed: (search[method]["grid"], search[method]["average"])
-        for seed, search in searches.items()
-        if method in search
+        seed: (grid, [averages[scale] for scale in grid])
+        for (name, seed), averages in searches.items()
+        if name == run
     }
 
 

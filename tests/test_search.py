@@ -20,13 +20,13 @@ from osrm.evaluation import predict_splits, scores
 from osrm.flags import parse
 from osrm.glue import TASKS
 from osrm.merged import MergedUpdate
-from osrm.merging import METHODS
 from osrm.records import Search
 from tests.conftest import merge_them, write_data
 
 NAMES = ["rte", "sst2", "stsb"]
 GRID = [0.3, 0.05, 1.0, 0.7]
-SCALED = [name for name, method in METHODS.items() if "scale" in method.knobs]
+SCALED = ["task_arithmetic", "ties", "emr", "iso_c"]
+"""Methods whose result is factors, dense, or masked."""
 SEED, HELD_OUT = 7, 25
 
 
@@ -97,8 +97,10 @@ def edit_args(run: Path, **changes) -> None:
 def test_the_choice_is_that_of_merging_with_every_scale_and_scoring_by_hand(
     made, data_dir, tiny, tmp_path
 ):
-    results = merged(made, tmp_path / "found", search=GRID)
+    results = merged(made, tmp_path / "found", search=GRID, methods=["average", *SCALED])
     assert [*results["search"]] == SCALED
+    grids = {method: found["grid"] for method, found in results["search"].items()}
+    assert len({*map(tuple, grids.values())}) > 1, "nothing went on beyond the grid"
     tokenizer = load_tokenizer(find_backbone(str(tiny["roberta"])))
     data = {
         task: {"": tokenize(held_out(task, data_dir), TASKS[task], tokenizer, 32)} for task in NAMES
@@ -106,10 +108,10 @@ def test_the_choice_is_that_of_merging_with_every_scale_and_scoring_by_hand(
     by_hand: dict[str, dict[str, list[float]]] = {
         method: {task: [] for task in NAMES} for method in SCALED
     }
-    for scale in sorted(GRID):
-        out = tmp_path / f"{scale}"
-        merged(made, out, methods=SCALED, scale=scale)
-        for method in SCALED:
+    for scale in sorted({scale for grid in grids.values() for scale in grid}):
+        out, methods = tmp_path / f"{scale}", [name for name in SCALED if scale in grids[name]]
+        merged(made, out, methods=methods, scale=scale)
+        for method in methods:
             for task in NAMES:
                 model = load_merged(out / method, task)
                 found = predict_splits(model, TASKS[task], data[task], tokenizer, batch_size=64)
@@ -119,17 +121,18 @@ def test_the_choice_is_that_of_merging_with_every_scale_and_scoring_by_hand(
     for method, found in results["search"].items():
         average = [sum(each) / 3 for each in zip(*by_hand[method].values())]
         assert len({round(each, 6) for each in average}) > 1, "nothing to choose"
-        assert found["grid"] == sorted(GRID)
+        assert {*GRID} <= {*found["grid"]} and found["grid"] == sorted(found["grid"])
         assert found["scores"] == by_hand[method]
         assert found["average"] == pytest.approx(average)
-        assert found["best"] == sorted(GRID)[average.index(max(average))]
+        assert found["best"] == found["grid"][average.index(max(average))]
 
 
 def test_what_is_saved_and_reported_has_the_chosen_scale(made, tmp_path):
-    results = merged(made, tmp_path / "out", search=[0.3, 0.05, 0.7])
+    methods = ["average", *SCALED]
+    results = merged(made, tmp_path / "out", search=[0.3, 0.05, 0.7], methods=methods)
     rows = {row["name"]: row for row in results["rows"]}
     assert {each["held_out_examples"] for each in results["evaluation"].values()} == {HELD_OUT}
-    for method in METHODS:
+    for method in methods:
         recipe = json.loads((tmp_path / "out" / method / "recipe.json").read_text())
         assert recipe["knobs"] == rows[method]["knobs"]
         assert recipe.get("search") == results["search"].get(method)
@@ -162,9 +165,10 @@ def test_the_reported_examples_are_scored_once_a_row_and_choose_nothing(
         return predict_splits(model, task, splits, *rest, **options)
 
     monkeypatch.setattr(session, "predict_splits", counting)
-    before = merged(made, tmp_path / "before", search=GRID)
+    before = merged(made, tmp_path / "before", search=GRID, methods=SCALED)
     assert scored.count(40) == len(NAMES) * len(before["rows"])
-    assert scored.count(HELD_OUT) == len(NAMES) * len(GRID) * len(SCALED)
+    tried = sum(len(found["grid"]) for found in before["search"].values())
+    assert scored.count(HELD_OUT) == len(NAMES) * tried
     other = shutil.copytree(data_dir, tmp_path / "data")
     for task in NAMES:
         path = other / task / "validation.jsonl"
@@ -173,12 +177,12 @@ def test_the_reported_examples_are_scored_once_a_row_and_choose_nothing(
         random.Random(0).shuffle(labels)
         lines = [json.dumps(each | {"label": label}) for each, label in zip(examples, labels)]
         path.write_text("\n".join(lines))
-    after = merged(made, tmp_path / "after", search=GRID, data_dir=str(other))
+    after = merged(made, tmp_path / "after", search=GRID, methods=SCALED, data_dir=str(other))
     assert after["rows"][0]["scores"] != before["rows"][0]["scores"]
     assert after["search"] == before["search"]
 
 
-def test_one_model_a_task_is_loaded_for_the_whole_search(made, tmp_path, monkeypatch):
+def test_one_model_a_task_is_loaded_for_all_methods(made, tmp_path, monkeypatch):
     loaded = []
     original = session.load_model
 
@@ -188,22 +192,61 @@ def test_one_model_a_task_is_loaded_for_the_whole_search(made, tmp_path, monkeyp
 
     monkeypatch.setattr(session, "load_model", counting)
     methods = ["task_arithmetic", "ties", "dare_linear"]
-    merged(made, tmp_path / "out", search=GRID, methods=methods)
-    assert len(loaded) == 2 * len(NAMES)  # to search, to report
+    found = merged(made, tmp_path / "out", search=GRID, methods=methods)["search"].values()
+    longest = max(len(search["grid"]) for search in found)
+    # To search the grid, beyond its edges, and to report.
+    assert len(loaded) == (1 + longest - len(GRID) + 1) * len(NAMES)
+
+
+def chosen(**scores: list[float]) -> Search:
+    """The search over λ = 1, 2, 3, ... with these scores."""
+    curves = {
+        task: {float(i): value for i, value in enumerate(values, 1)}
+        for task, values in scores.items()
+    }
+    return Search.choose(curves, {})
 
 
 def test_a_tie_goes_to_the_smaller_scale():
-    grid = [0.1, 0.3, 0.5, 1.0]
     # 0.1 + 0.7 and 0.3 + 0.5 differ in the last bit.
-    found = Search.choose(grid, {"rte": [0.0, 0.1, 0.3, 0.1], "sst2": [0.0, 0.7, 0.5, 0.2]}, {})
-    assert found.best == 0.3
-    assert Search.choose(grid, {"rte": [0.5] * 4}, {}).best == 0.1
-    assert Search.choose(grid, {"rte": [-0.5, -0.2, -0.1, -0.3]}, {}).best == 0.5
+    assert chosen(rte=[0.0, 0.1, 0.3, 0.1], sst2=[0.0, 0.7, 0.5, 0.2]).best == 2
+    assert chosen(rte=[0.5] * 4).best == 1
+    assert chosen(rte=[-0.5, -0.2, -0.1, -0.3]).best == 3
+
+
+def test_a_search_goes_on_beyond_an_edge_that_is_the_best():
+    assert chosen(rte=[0.1, 0.3, 0.2]).beyond() is None
+    assert chosen(rte=[0.1, 0.2, 0.3]).beyond() == 4.5
+    assert chosen(rte=[0.3, 0.2, 0.1]).beyond() == 0.667
+    assert chosen(rte=[0.1, 0.3, 0.3]).beyond() is None  # 2 is the best
+    assert chosen(rte=[0.3, 0.3, 0.3]).beyond() is None  # λ makes no difference
+    assert chosen(rte=[0.3]).beyond() is None  # no grid
+
+
+@pytest.mark.parametrize("best, grid", [(0.2, 6), (0.6, 3), (2.0, 6), (1e9, 9), (0.0, 9)])
+def test_the_grid_grows_until_its_best_is_inside(made, tmp_path, monkeypatch, caplog, best, grid):
+    def held_out_scores(*_, wanted, **__):
+        return {
+            method: {scale: -abs(scale - best) for scale in scales}
+            for method, scales in wanted.items()
+        }
+
+    monkeypatch.setattr(merger, "held_out_scores", held_out_scores)
+    found = merged(made, tmp_path / "out", search=[0.4, 0.5, 1.0], methods=["task_arithmetic"])
+    search = found["search"]["task_arithmetic"]
+    assert search["best"] == min(search["grid"], key=lambda scale: abs(scale - best))
+    assert search["best"] == found["rows"][-1]["knobs"]["scale"]
+    inside = search["best"] not in (search["grid"][0], search["grid"][-1])
+    assert inside == (len(search["grid"]) < 3 + merger.MOST)
+    assert len(search["grid"]) == grid
+    assert ("may be beyond" in caplog.text) == (not inside)
 
 
 def test_a_scale_given_twice_is_tried_once(made, tmp_path):
     found = merged(made, tmp_path / "out", search=[1, 0.5, 1.0], methods=["ties", "average"])
-    assert [*found["search"]] == ["ties"] and found["search"]["ties"]["grid"] == [0.5, 1.0]
+    assert [*found["search"]] == ["ties"]
+    grid = found["search"]["ties"]["grid"]
+    assert len({*grid}) == len(grid) and {0.5, 1.0} <= {*grid}
 
 
 def test_the_density_is_chosen_too(made, tmp_path):

@@ -131,6 +131,18 @@ def test_a_difference_is_found_in_four_of_five_studies():
     assert power == pytest.approx(0.8, abs=0.03)
 
 
+def test_curves_have_the_scales_that_all_runs_tried():
+    def run(**average):
+        grid = [float(scale[1:]) for scale in average]
+        return {"search": {"ties": {"grid": grid, "average": [*average.values()]}, "emr": {}}}
+
+    records = {"a": {1: run(x1=3, x2=4, x3=5), 2: run(x1=6, x2=7)}, "b": {1: run(x1=8, x2=9)}}
+    records["c"] = {1: {"search": {}}}
+    study = SimpleNamespace(records=records)
+    assert tables.curves(study, "a", "ties") == {1: ([1, 2], [3, 4]), 2: ([1, 2], [6, 7])}
+    assert tables.curves(study, "c", "ties") == tables.curves(study, "a", "tsv") == {}
+
+
 def test_the_area_under_a_straight_line_is_its_middle():
     assert area([0.2, 0.5, 1.0], [2.0, 3.5, 6.0]) == pytest.approx(4.0)
     assert area([1, 2], [3, 3]) == pytest.approx(3.0)

@@ -28,6 +28,9 @@ from osrm.task_vectors import Lazy
 
 logger = logging.getLogger(__name__)
 
+MOST = 6
+"""The λ that a search tries beyond its grid."""
+
 
 @dataclass(frozen=True)
 class Merger:
@@ -86,10 +89,10 @@ class Merger:
     def choose(self, config: MergeConfig) -> None:
         """--search: find the best λ, and density, of each method that has them; merge with them.
 
-        Best is the average score on held-out data. Each density is merged once, with λ = 1:
-        updates are linear in λ. All methods are merged already.
+        Best is the average score on held-out data. The grid goes on beyond an edge that is best.
+        Each density is merged once, with λ = 1: updates are linear in λ. All methods are merged
+        already.
         """
-        assert self.session is not None
         grid = sorted(set(config.search))
         densities: list[float] | list[None] = sorted(set(config.search_density)) or [None]
         best: dict[str, Search] = {}
@@ -102,22 +105,46 @@ class Merger:
                 elif "scale" in takes and name not in best:
                     tried[name] = {}
             self.save({n: {**self.methods[n], **more} for n, more in tried.items() if more})
-            scores_by_task = {
-                task: held_out_scores(
-                    self.session, task, run.head, merged=self.directory, methods=[*tried], grid=grid
-                )
-                for task, run in self.inputs.checkpoints.items()
-            }
-            for name, knobs in tried.items():
-                scores_of = {task: by_method[name] for task, by_method in scores_by_task.items()}
-                search = Search.choose(grid, scores_of, knobs)
+            for name, search in self.search_scales(grid, tried).items():
                 if name not in best or max(search.average) > max(best[name].average):
                     best[name] = search
         for name, search in best.items():
-            logger.info("%s: λ = %g is the best of %s on held-out data", name, search.best, grid)
+            tried_scales = f"{search.grid}"
+            if len(search.grid) > len(grid):
+                tried_scales += f", after an edge of {grid} was the best"
+            logger.info("%s: λ = %g is the best of %s", name, search.best, tried_scales)
+            if search.beyond() is not None:
+                logger.warning("%s: the best λ may be beyond %g; search there", name, search.best)
             self.search[name] = search
             self.methods[name] = {**self.methods[name], **search.knobs, "scale": search.best}
         self.save({name: self.methods[name] for name in best})
+
+    def search_scales(
+        self, grid: list[float], tried: Mapping[str, dict[str, Any]]
+    ) -> dict[str, Search]:
+        """{method: its search over λ}, of merges that are saved with the knobs of `tried`."""
+        assert self.session is not None
+        runs = self.inputs.checkpoints
+        curves: dict[str, dict[str, dict[float, float]]] = {
+            name: {task: {} for task in runs} for name in tried
+        }
+        searches: dict[str, Search] = {}
+        wanted = dict.fromkeys(tried, grid)
+        while wanted:
+            for task, run in runs.items():
+                by_method = held_out_scores(
+                    self.session, task, run.head, merged=self.directory, wanted=wanted
+                )
+                for name, scores_by_scale in by_method.items():
+                    curves[name][task] |= scores_by_scale
+            searches |= {name: Search.choose(curves[name], tried[name]) for name in wanted}
+            wanted = {
+                name: [beyond]
+                for name in wanted
+                if (beyond := searches[name].beyond()) is not None
+                and len(searches[name].grid) < len(grid) + MOST
+            }
+        return searches
 
 
 def held_out_scores(
@@ -126,20 +153,19 @@ def held_out_scores(
     head: Mapping[str, Tensor],
     *,
     merged: Path,
-    methods: list[str],
-    grid: list[float],
-) -> dict[str, list[float]]:
-    """{method: one task's score with each λ of the grid}; one model gets all the updates."""
+    wanted: Mapping[str, list[float]],
+) -> dict[str, dict[float, float]]:
+    """{method: {λ: one task's score}} for the λ in `wanted`; one model gets all the updates."""
     task = TASKS[task_name]
     model = session.model(task, head)
     examples = {"": session.encoded(task, session.data[task_name].selection)}
-    by_method: dict[str, list[float]] = {method: [] for method in methods}
+    by_method: dict[str, dict[float, float]] = {method: {} for method in wanted}
     memory: dict[str, Tensor] = {}
-    for method, values in by_method.items():
-        for scale in grid:
+    for method, scales in wanted.items():
+        for scale in scales:
             update = MergedUpdate(merged / method, task_name, scale, session.device)
             with applied(model, update, memory):
                 title = f"{task_name}: {method}, λ = {scale:g}"
                 metrics = scores(task, session.predict(model, task, examples, title))
-            values.append(metrics[f"eval_{task.score}"])
+            by_method[method][scale] = metrics[f"eval_{task.score}"]
     return by_method
