@@ -168,7 +168,7 @@ class MergeConfig:
     )
     weights: list[str] = flag(
         [],
-        "weights of tasks in average, task_arithmetic and dare_linear; the other tasks have 1",
+        "weights of tasks in all methods but emr, below 0 to forget one; the other tasks have 1",
         metavar="TASK=X",
     )
     dtype: str = flag("float32", "precision of the merges", ("float32", "float64"))

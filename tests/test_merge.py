@@ -89,7 +89,7 @@ def test_one_model_is_in_memory_at_a_time(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(session, "load_model", load)
     gc.disable()
     try:
-        merged(runs, tmp_path, methods=["regmean", "fisher", "ties"], search=[0.5, 1.0])
+        merged(runs, tmp_path, methods=["regmean", "fisher", "ties"], search=[0.5])
     finally:
         gc.enable()
     assert len(alive) == 4 * len(NAMES)  # for both statistics, λ and scores
@@ -293,13 +293,13 @@ def test_a_search_scores_what_selected_the_runs_best_epoch(runs, tmp_path):
 
 
 def test_weights_of_tasks_reach_the_methods_that_take_them(runs, tmp_path):
-    methods = ["average", "dare_linear", "ties"]
+    methods = ["average", "dare_linear", "emr"]
     out = merged(runs, tmp_path, methods=methods, weights=[f"{NAMES[1]}=3"], no_eval=True)
     knobs = {
         name: json.loads((out / name / "recipe.json").read_text())["knobs"] for name in methods
     }
     assert knobs["average"]["weights"] == knobs["dare_linear"]["weights"] == [1, 3, 1]
-    assert "weights" not in knobs["ties"]
+    assert "weights" not in knobs["emr"]
 
 
 def test_an_existing_output_stays_whole_until_a_new_one_is(runs, tmp_path, monkeypatch):
@@ -396,8 +396,8 @@ def test_weights_that_fit_no_task_are_refused(weights, words, runs, tmp_path):
 
 
 def test_what_takes_no_weights_or_no_data_is_refused(runs, tmp_path):
-    with pytest.raises(UserError, match="none of ties takes weights"):
-        merged(runs, tmp_path, methods=["ties"], weights=["rte=2"], no_eval=True)
+    with pytest.raises(UserError, match="none of emr takes weights"):
+        merged(runs, tmp_path, methods=["emr"], weights=["rte=2"], no_eval=True)
     with pytest.raises(UserError, match="regmean looks at data, which --no-eval leaves out"):
         merged(runs, tmp_path, methods=["regmean"], no_eval=True)
 

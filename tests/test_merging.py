@@ -58,6 +58,9 @@ CASES = [
     ("tsv", {"scale": 0.7}),
     ("iso_c", {"scale": 0.7}),
 ]
+WEIGHED = [name for name, method in METHODS.items() if "weights" in method.knobs]
+MEANS = ["average", "fisher", "regmean"]
+"""Their weights are those of a mean."""
 KEEPS_EQUAL_UPDATES = [
     ("average", {"weights": WEIGHTS}, False),
     ("task_arithmetic", {"scale": 0.25}, True),
@@ -180,21 +183,26 @@ def seen(updates, needs):
 
 def knobs_for(updates, knobs):
     """The knobs, with as many weights as there are tasks."""
-    if "weights" not in knobs:
+    if knobs.get("weights") != WEIGHTS:
         return knobs
     return {**knobs, "weights": [WEIGHTS[int(task)] for task in task_names(updates)]}
 
 
+def made_up(updates, needs):
+    """Statistics, as the method wants them; None if it needs none."""
+    if not needs:
+        return None
+    return {
+        module: torch.stack([*map(torch.from_numpy, arrays)])
+        if needs == "fisher"
+        else [Moment.of(torch.from_numpy(array)) for array in arrays]
+        for module, arrays in seen(updates, needs).items()
+    }
+
+
 def run(name, updates, dtype=torch.float32, **knobs):
     """The merge, with made-up statistics where the method needs some."""
-    statistics = None
-    if needs := METHODS[name].needs:
-        statistics = {
-            module: torch.stack([*map(torch.from_numpy, arrays)])
-            if needs == "fisher"
-            else [Moment.of(torch.from_numpy(array)) for array in arrays]
-            for module, arrays in seen(updates, needs).items()
-        }
+    statistics = made_up(updates, METHODS[name].needs)
     return merge(name, updates, statistics, dtype=dtype, **knobs_for(updates, knobs))
 
 
@@ -701,6 +709,55 @@ class TestDare:
             )
 
 
+class TestWeights:
+    @pytest.mark.parametrize("make", [gaussian, factored])
+    @pytest.mark.parametrize("name", WEIGHED)
+    def test_weights_of_one_change_nothing(self, name, make):
+        ones = run(name, make(), weights=[1.0] * 4)
+        assert_near(ones, looked_up(run(name, make())), tolerance=1e-6)
+
+    @pytest.mark.parametrize("make", [gaussian, factored])
+    @pytest.mark.parametrize("name", [name for name in WEIGHED if name not in MEANS])
+    def test_a_weight_multiplies_the_update(self, name, make):
+        """Also a negative one, and zero."""
+        factors = make is factored
+        each = make().updates if factors else make()
+        weights = torch.tensor([0.5, -2.0, 0.0, 1.5])
+        weighted = {
+            module: tuple(pair.scaled(float(w)) for pair, w in zip(updates, weights))
+            if factors
+            else weights[:, None, None] * updates
+            for module, updates in each.items()
+        }
+        if factors:
+            weighted = TaskVectors(make().tasks, weighted)
+        merged = run(name, make(), weights=weights.tolist())
+        assert_near(merged, looked_up(run(name, weighted)))
+
+    @pytest.mark.parametrize("name", [*MEANS, "task_arithmetic"])
+    def test_a_weight_of_two_is_the_task_twice(self, name):
+        updates, twice = gaussian(3), {m: each[[0, 0, 1, 2]] for m, each in gaussian(3).items()}
+        needs = METHODS[name].needs
+        statistics = made_up(updates, needs)
+        repeated = {
+            module: each[[0, 0, 1, 2]] if needs == "fisher" else [each[0], *each]
+            for module, each in (statistics or {}).items()
+        }
+        two = merge(name, updates, statistics, weights=[2.0, 1.0, 1.0])
+        assert_near(two, {m: each[1:] for m, each in merge(name, twice, repeated).items()})
+
+    def test_a_task_and_minus_it_are_nothing(self):
+        updates = {module: each[[0, 1, 0]] for module, each in gaussian(2).items()}
+        merged = merge("task_arithmetic", updates, weights=[1.0, 0.5, -1.0])
+        assert_near(merged, {module: 0.5 * each[[1, 1, 1]] for module, each in updates.items()})
+
+    def test_condition_is_that_of_the_weighted_equations(self):
+        moments = [Moment.of(torch.randn(9, 4)) for _ in range(2)]
+        assert condition([moments[0], *moments]) == pytest.approx(
+            condition(moments, weights=[2.0, 1.0])
+        )
+
+
 class TestRegMean:
     @pytest.mark.parametrize("ridge, off_diagonal", [(0.0, 1.0), (0.3, 1.0), (0.1, 0.5)])
     def test_it_has_the_least_squared_error_of_outputs(self, ridge, off_diagonal):
@@ -907,12 +964,12 @@ def test_unknown_method_is_refused_with_those_known():
 
 def test_every_problem_with_knobs_is_named_in_one_line():
     assert refused("ties", {"densty": 0.2, "density": 0, "scale": math.nan}) == (
-        "merging method 'ties': unknown knob 'densty' (known: density, scale, trim); "
+        "merging method 'ties': unknown knob 'densty' (known: density, scale, trim, weights); "
         "density: expected a number in (0, 1], found 0; scale: expected a finite number, found nan"
     )
     assert "unknown knob 'scale' (known: weights)" in refused("average", {"scale": 1.0})
     # What they need beside the updates is no knob.
-    assert "unknown knob 'updates' (known: scale)" in refused("fisher", {"updates": 1.0})
+    assert "unknown knob 'updates' (known: scale, weights)" in refused("fisher", {"updates": 1.0})
 
 
 NO_NUMBER = [math.nan, math.inf, -math.inf, "1", None, False, [0.2]]
@@ -940,14 +997,20 @@ def test_a_knob_outside_its_range_is_refused(name, knob, values):
         assert f"{knob}: expected " in refused(name, {knob: value})
 
 
-@pytest.mark.parametrize("name", ["average", "task_arithmetic", "dare_linear"])
+@pytest.mark.parametrize("name", WEIGHED)
 @pytest.mark.parametrize("weights", [[], [1.0], [1.0] * 5])
 def test_weights_of_another_number_than_the_tasks_are_refused(name, weights):
-    message = refused(name, {"weights": weights}, gaussian(4))
+    message = refused(name, {"weights": weights}, gaussian(4), {})
     assert f"{len(weights)} of them for 4 tasks" in message
 
 
-def test_weights_that_have_no_mean_are_refused_by_the_average_alone():
+@pytest.mark.parametrize("name", ["regmean", "fisher"])
+@pytest.mark.parametrize("weights", [[2.0, -1.0], [0.0, 0.0]])
+def test_means_by_features_and_by_gradients_refuse_weights_below_zero(name, weights):
+    assert "weights: expected numbers of at least 0" in refused(name, {"weights": weights})
+
+
+def test_weights_that_have_no_mean_are_refused_by_the_average():
     assert "sum to 0" in refused("average", {"weights": [1.0, -1.0]}, gaussian(2))
     assert "sum to 0" in refused("average", {"weights": [0.0, 0.0]}, gaussian(2))
     assert "sum to 0" in refused("average", {"weights": [0.1, 0.2, -0.3]}, gaussian(3))

@@ -219,3 +219,4 @@ def fit_methods(methods: Knobs, config: MergeConfig, inputs: Inputs) -> None:
         raise UserError(f"--weights: {'; '.join(problems)}")
     for name in takers:
         methods[name]["weights"] = list(weights.values())
+        check_knobs(name, methods[name])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from osrm.checks import Check, number, one_of, problems, whole
 from osrm.errors import UserError
-from osrm.merging._updates import Inputs, Masked, Part, Updates, row
+from osrm.merging._updates import Inputs, Masked, Part, Updates, Weighted, row
 from osrm.merging.average import average
 from osrm.merging.core_space import core_space
 from osrm.merging.dare import dare_linear, dare_ties
@@ -26,6 +26,13 @@ from osrm.merging.tsv import tsv
 from osrm.task_vectors import Lazy
 
 
+def _are_weights(value: object) -> bool:
+    return value is None or (isinstance(value, list | tuple) and all(map(number().holds, value)))
+
+
+WEIGHTS = Check("finite numbers, one for each task", _are_weights)
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of `METHODS`."""
@@ -36,22 +43,34 @@ class Method:
     paper: str
     needs: str = ""
     """The statistics that it needs beside the updates: "moments" or "fisher"."""
+    weights: Check | None = WEIGHTS
+    """What the tasks' weights must be, if they may have some. A knob `weights` of the kernel has
+    those of a mean; other kernels get the updates times their weights."""
 
     @property
-    def knobs(self) -> tuple[str, ...]:
+    def own_knobs(self) -> tuple[str, ...]:
         """The kernel's keywords."""
         return tuple(inspect.signature(self.kernel).parameters)[1 + bool(self.needs) :]
 
+    @property
+    def knobs(self) -> tuple[str, ...]:
+        """All that it can be given."""
+        return tuple(dict.fromkeys([*self.own_knobs, *["weights"] * bool(self.weights)]))
 
+
+SHARES = Check(
+    "numbers of at least 0, not all of them 0, one for each task",
+    lambda value: value in (None, []) or (WEIGHTS.holds(value) and min(value) >= 0 < max(value)),
+)
 METHODS = {
     "average": Method(average, "https://arxiv.org/abs/2203.05482"),
     "task_arithmetic": Method(task_arithmetic, "https://arxiv.org/abs/2212.04089"),
     "ties": Method(ties, "https://arxiv.org/abs/2306.01708"),
     "dare_linear": Method(dare_linear, "https://arxiv.org/abs/2311.03099"),
     "dare_ties": Method(dare_ties, "https://arxiv.org/abs/2311.03099"),
-    "emr": Method(emr, "https://arxiv.org/abs/2405.17461"),
-    "fisher": Method(fisher, "https://arxiv.org/abs/2111.09832", needs="fisher"),
-    "regmean": Method(regmean, "https://arxiv.org/abs/2212.09849", needs="moments"),
+    "emr": Method(emr, "https://arxiv.org/abs/2405.17461", weights=None),
+    "fisher": Method(fisher, "https://arxiv.org/abs/2111.09832", needs="fisher", weights=SHARES),
+    "regmean": Method(regmean, "https://arxiv.org/abs/2212.09849", needs="moments", weights=SHARES),
     "knots_ties": Method(knots_ties, "https://arxiv.org/abs/2410.19735"),
     "core_space": Method(core_space, "https://arxiv.org/abs/2509.17786"),
     "tsv": Method(tsv, "https://arxiv.org/abs/2412.00081"),
@@ -67,15 +86,10 @@ NUMBERS = {
 }
 
 
-def _are_weights(value: object) -> bool:
-    return value is None or (isinstance(value, list | tuple) and all(map(number().holds, value)))
-
-
 CHECKS = NUMBERS | {
     "inner": one_of("ties", "task_arithmetic", "tsv"),
     "seed": whole(),
     "trim": one_of("global", "tensor"),
-    "weights": Check("finite numbers, one for each task", _are_weights),
 }
 """Knob -> what its value must be."""
 
@@ -126,6 +140,8 @@ def merge(
     weights = knobs.get("weights")
     if weights is not None and len(weights) != len(inputs.tasks):
         raise UserError(f"weights: {len(weights)} of them for {len(inputs.tasks)} tasks")
+    if weights is not None and "weights" not in method.own_knobs:
+        inputs = Weighted(inputs, knobs.pop("weights"))
     needed = [statistics] if method.needs else []
     return Merged(method.kernel(inputs, *needed, **knobs), inputs.tasks)
 
@@ -137,6 +153,7 @@ def check_knobs(name: str, knobs: Mapping[str, object]) -> None:
     known = METHODS[name].knobs
     choices = ", ".join(known)
     wrong = [f"unknown knob {knob!r} (known: {choices})" for knob in knobs if knob not in known]
-    wrong += problems({knob: knobs[knob] for knob in known if knob in knobs}, CHECKS)
+    checks = {**CHECKS, "weights": METHODS[name].weights or WEIGHTS}
+    wrong += problems({knob: knobs[knob] for knob in known if knob in knobs}, checks)
     if wrong:
         raise UserError(f"merging method {name!r}: {'; '.join(wrong)}")

@@ -105,15 +105,28 @@ class Inputs(Lazy[Tensor]):
         wide = deltas.shape[1] < deltas.shape[2]
         return [(unit, delta) if wide else (delta, unit) for delta in deltas]
 
-    def weighted_sum(self, name: str, weights: Sequence[float], scale: float) -> Tensor | LoraPair:
-        """λ Σ_t w_t τ_t; of factors, they stand side by side."""
+    def sum(self, name: str, scale: float = 1.0) -> Tensor | LoraPair:
+        """λ Σ_t τ_t; of factors, they stand side by side."""
         if pairs := self._pairs(name):
-            weighted = [pair.scaled(w) for w, pair in zip(weights, pairs, strict=True)]
-            B, A = zip(*(pair.factors(self.dtype) for pair in weighted))
+            B, A = zip(*(pair.factors(self.dtype) for pair in pairs))
             return LoraPair(torch.cat(A), torch.cat(B, 1), scale)
-        w = torch.tensor(weights, dtype=self.dtype, device=self.device)
-        return scale * torch.einsum("t,toi->oi", w, self[name])
+        return scale * self[name].sum(0)
 
     def _pairs(self, name: str) -> tuple[LoraPair, ...]:
         pairs = self._vectors.pairs(name) if self._vectors else ()
         return tuple(pair.to(self.device) for pair in pairs)
+
+
+class Weighted(Inputs):
+    """The updates w_t τ_t."""
+
+    def __init__(self, updates: Inputs, weights: Sequence[float]) -> None:
+        super().__init__(updates, updates.dtype, updates.tasks, updates.device)
+        self.whole, self.weights = updates, weights
+
+    def __getitem__(self, name: str) -> Float[Tensor, "task out in"]:
+        weights = torch.tensor(self.weights, dtype=self.dtype, device=self.device)
+        return self.whole[name] * weights[:, None, None]
+
+    def _pairs(self, name: str) -> tuple[LoraPair, ...]:
+        return tuple(pair.scaled(w) for pair, w in zip(self.whole._pairs(name), self.weights))

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from osrm.merging._updates import ROWS, Inputs, Parts, Weights
+from osrm.merging._updates import ROWS, Inputs, Parts
 from osrm.merging.ties import ties
 from osrm.task_vectors import Lazy
 
@@ -40,21 +40,13 @@ class Dropped(Inputs):
 
 
 def dare_linear(
-    updates: Inputs,
-    *,
-    drop_rate: float = 0.5,
-    seed: int = 0,
-    scale: float = 1.0,
-    weights: Weights = None,
+    updates: Inputs, *, drop_rate: float = 0.5, seed: int = 0, scale: float = 1.0
 ) -> Parts:
-    """λ Σ_t w_t DARE(τ_t): task arithmetic after the drops; w is 1 by default."""
+    """λ Σ_t DARE(τ_t): task arithmetic after the drops."""
     dropped = Dropped(updates, drop_rate, seed)
-    weights = weights or [1.0] * len(updates.tasks)
-    given = torch.tensor(weights, dtype=updates.dtype, device=updates.device)
 
     def merged(name: str) -> Float[Tensor, "out in"]:
-        blocks = dropped.blocks(name)
-        return scale * torch.cat([(given[:, None, None] * block).sum(0) for _, block in blocks])
+        return scale * torch.cat([block.sum(0) for _, block in dropped.blocks(name)])
 
     return Lazy(updates, merged)
 

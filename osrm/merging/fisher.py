@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from osrm.merging._updates import Inputs, Parts
+from osrm.merging._updates import Inputs, Parts, Weights
 from osrm.task_vectors import Lazy
 
 FLOOR = 1e-6
@@ -14,15 +14,21 @@ FLOOR = 1e-6
 
 
 def fisher(
-    updates: Inputs, statistics: Mapping[str, Float[Tensor, "task out in"]], *, scale: float = 1.0
+    updates: Inputs,
+    statistics: Mapping[str, Float[Tensor, "task out in"]],
+    *,
+    scale: float = 1.0,
+    weights: Weights = None,
 ) -> Parts:
-    """λ Σ_t c_t F_t τ_t / Σ_t c_t F_t entry by entry, for all tasks alike.
+    """λ Σ_t w_t c_t F_t τ_t / Σ_t w_t c_t F_t entry by entry, for all tasks alike.
 
     F_t is the diagonal of the task's Fisher information, given in `statistics`. As in MergeLM,
     c_t = 1 / (‖F_t‖ + 10⁻⁶), so that tasks with larger gradients do not count more.
     """
     squares = [statistics[name].square().sum((1, 2), dtype=torch.float64) for name in updates]
     norms = (torch.stack(squares).sum(0).sqrt() + FLOOR).to(updates.dtype)
+    given = weights or [1.0] * len(updates.tasks)
+    norms /= torch.tensor(given, dtype=updates.dtype, device=updates.device)
 
     def merged(name: str) -> Float[Tensor, "out in"]:
         shares = (statistics[name].to(updates.dtype) + FLOOR) / norms[:, None, None]

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from osrm.errors import UserError
-from osrm.merging._updates import Inputs, Parts
+from osrm.merging._updates import Inputs, Parts, Weights
 from osrm.moments import Moment
 from osrm.task_vectors import Lazy, LoraPair
 
@@ -22,20 +22,23 @@ def regmean(
     ridge: float = RIDGE,
     off_diagonal: float = 1.0,
     scale: float = 1.0,
+    weights: Weights = None,
 ) -> Parts:
     """λ argmin Σ_t E‖(ΔW - ΔW_t) h_t‖² = λ (Σ_t ΔW_t G_t) (Σ_t G_t)⁻¹, G_t = E[h hᵀ] of task t.
 
     `statistics` has the moments of every module's inputs in each task's own model. `off_diagonal`
     scales the entries of G_t off the diagonal (paper, Sec. 3.2). `ridge` is δ_t in units of the
     mean eigenvalue of G_t, or of 1 if this is 0. It adds δ_t I to G_t, so that directions in which
-    no task has features get the mean of the updates. A look-up refuses singular equations.
+    no task has features get the mean of the updates. `weights` multiply the G_t. A look-up refuses
+    singular equations.
     """
+    given = weights or [1.0] * len(updates.tasks)
 
     def merged(name: str) -> LoraPair:
         B, A = zip(*updates.factors(name))
         weighted, total = [], torch.zeros(())
-        for factor, moment in zip(A, statistics[name], strict=True):
-            G = gram(moment, ridge, off_diagonal)
+        for factor, moment, w in zip(A, statistics[name], given, strict=True):
+            G = gram(moment, ridge, off_diagonal).mul_(w)
             weighted.append(factor @ G)
             total = total + G
         triangle, failed = torch.linalg.cholesky_ex(total)
@@ -58,8 +61,14 @@ def gram(moment: Moment, ridge: float, off_diagonal: float) -> Float[Tensor, "d 
     return G
 
 
-def condition(moments: Sequence[Moment], ridge: float = RIDGE, off_diagonal: float = 1.0) -> float:
+def condition(
+    moments: Sequence[Moment],
+    ridge: float = RIDGE,
+    off_diagonal: float = 1.0,
+    weights: Weights = None,
+) -> float:
     """Largest over smallest eigenvalue of the equations that `regmean` solves for one module."""
-    grams = (gram(moment, ridge, off_diagonal) for moment in moments)
+    pairs = zip(moments, weights or [1.0] * len(moments))
+    grams = (gram(moment, ridge, off_diagonal).mul_(w) for moment, w in pairs)
     values = torch.linalg.eigvalsh(sum(grams, torch.zeros(())))
     return float(values[-1] / values[0]) if values[0] > 0 else math.inf
