@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ ONLY_LORA = (
 _ALPHA = checks.number(-3.4e38, 3.4e38)  # updates are float32
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(A\.weight|B\.weight|B\.bias)")
+_BASE_LAYER = re.compile(r"base_model\.model\.(.+)\.base_layer\.(weight|bias)")
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
@@ -97,6 +98,9 @@ class Adapter:
     base: str | None = None
     """The base model's name or path."""
     kind: Kind = CLASSIFIER
+    base_tensors: Mapping[str, str] = field(default_factory=dict)
+    """{tensor of the base model: its key in the file}: PEFT saves the layer, too, if it has LoRA
+    and reads or writes tokens. It is not read: see `checkpoints.check_base_tensors`."""
 
 
 def write_adapter(path: Path, adapter: Adapter) -> None:
@@ -218,7 +222,8 @@ def read_adapter(directory: Path) -> Adapter:
     file, saved = directory / WEIGHTS, config["modules_to_save"] or []
     factors: dict[str, dict[str, Tensor]] = {"A.weight": {}, "B.weight": {}, "B.bias": {}}
     head = {}
-    for key, tensor in _read_tensors(directory).items():
+    tensors, base_tensors = _read_tensors(directory)
+    for key, tensor in tensors.items():
         name = key.removeprefix(_PREFIX)
         if match := _FACTOR.fullmatch(key):
             factors[match[2]][match[1]] = tensor
@@ -249,16 +254,18 @@ def read_adapter(directory: Path) -> Adapter:
     mapping = config["auto_mapping"] or {}
     names = (mapping.get(name) for name in ("base_model_class", "parent_library"))
     kind = Kind(config["task_type"], *names)
-    return Adapter(updates, head, tuple(saved), config["base_model_name_or_path"] or None, kind)
+    base = config["base_model_name_or_path"] or None
+    return Adapter(updates, head, tuple(saved), base, kind, base_tensors)
 
 
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    """The adapter's tensors: of float types, not empty, finite in float32."""
+def _read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The adapter's tensors: of float types, not empty, finite in float32; its `base_tensors`."""
     path, pickled = directory / WEIGHTS, directory / "adapter_model.bin"
     if pickled.is_file() and not path.is_file():
         raise UserError(f"{pickled}: a pickle can run code; save the adapter as {WEIGHTS}")
     with opened(path) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        matches = {key: _BASE_LAYER.fullmatch(key) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key, match in matches.items() if not match}
     for key, tensor in tensors.items():
         problem, dtype = "", str(tensor.dtype).removeprefix("torch.")
         if dtype not in _FLOATS:
@@ -269,7 +276,7 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
             problem = "holds NaN or infinity; train it again"
         if problem:
             raise UserError(f"{path}: '{key}' {problem}")
-    return tensors
+    return tensors, {f"{match[1]}.{match[2]}": key for key, match in matches.items() if match}
 
 
 def _misfit(rank: int, A: Tensor, B: Tensor, bias: Tensor | None) -> str | None:

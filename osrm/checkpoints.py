@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import CONFIG_NAME, cached_file
 
 from osrm import checks
-from osrm.adapters import CONFIG, Adapter, read_adapter
-from osrm.backbones import CLASSIFIER, Kind, head_names
+from osrm.adapters import CONFIG, WEIGHTS, Adapter, read_adapter
+from osrm.backbones import CLASSIFIER, Backbone, Kind, head_names
 from osrm.errors import UserError
-from osrm.lending import LINEAR, linear_weight, load_head
+from osrm.lending import LINEAR, check_not_tied, linear_weight, load_head
 from osrm.runs import ARGS
 from osrm.task_vectors import LoraPair, TaskVectors, Update
 from osrm.tensor_file import opened
@@ -109,7 +110,14 @@ def dense_kind(path: Path) -> Kind:
 
 def load_adapters(directories: Mapping[str, str | Path]) -> TaskVectors:
     """The stacked updates of {task: directory of a PEFT LoRA adapter}, for `osrm.merge`."""
-    return TaskVectors.stack({t: read_adapter(Path(d)).updates for t, d in directories.items()})
+    adapters = {task: read_adapter(Path(directory)) for task, directory in directories.items()}
+    for task, adapter in adapters.items():
+        if adapter.base_tensors:
+            raise UserError(
+                f"{directories[task]}: it holds {', '.join(adapter.base_tensors)} of its base"
+                " model; merge it with merge.py, which compares them"
+            )
+    return TaskVectors.stack({task: adapter.updates for task, adapter in adapters.items()})
 
 
 def check_task(checkpoint: Checkpoint, task: str) -> None:
@@ -132,10 +140,33 @@ def check_fits(checkpoint: Checkpoint, model: Any, new: Collection[str] | None =
             if isinstance(update, LoraPair | Tensor) and update.shape != wanted:
                 where = f"the layer of {model.name_or_path} {wanted}"
                 raise ValueError(f"the update of {name} is {tuple(update.shape)}, {where}")
+        check_not_tied(model, checkpoint.updates, checkpoint.path)
         fix = "train the head with the adapter"
         load_head(model, checkpoint.head, new)
     except ValueError as error:
         raise UserError(f"{checkpoint.path}: {error}; {fix}") from None
+
+
+def check_base_tensors(checkpoint: Checkpoint, backbone: Backbone, labels: tuple[str, ...]) -> None:
+    """Refuse, with a UserError, an adapter that saved a layer of another base beside its LoRA.
+
+    The two are compared in the adapter's precision, one layer at a time.
+    """
+    model, _ = checkpoint.kind.load(backbone, labels, "auto", "meta")
+    files = base_tensor_files(model, backbone)
+    for name, key in checkpoint.base_tensors.items():
+        if name not in files:
+            raise UserError(
+                f"{checkpoint.path}: it holds the base model's {name}, which {backbone.path} has in"
+                " no safetensors file to compare with; save the base again"
+            )
+        own, base = read_tensor(checkpoint.path / WEIGHTS, key), read_tensor(*files[name])
+        if not torch.equal(base.to(own.dtype), own):
+            raise UserError(
+                f"{checkpoint.path}: its {name} is not that of the base model {backbone.path}: only"
+                " updates of one base can be merged; name the right one with --backbone, or give"
+                " the dense model (merge_and_unload)"
+            )
 
 
 def checksum(path: Path) -> str:
@@ -215,6 +246,23 @@ def tensor_files(path: Path) -> dict[str, tuple[Path, str]]:
         name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias"): (file, name)
         for name, file in files.items()
     }
+
+
+def base_tensor_files(model: Any, backbone: Backbone) -> dict[str, tuple[Path, str]]:
+    """{tensor of the model: (file, its name there)} of a base; empty if it has no safetensors.
+
+    Of tensors that are tied a file may have one.
+    """
+    base = Path(cached_file(backbone.path, CONFIG_NAME)).parent
+    if not any((base / name).exists() for name in (DENSE, INDEX)):
+        return {}
+    own, prefix = model.state_dict(keep_vars=True), f"{model.base_model_prefix}."
+    tensors = {}
+    for stored, file in tensor_files(base).items():  # of a model with another head, or with none
+        names = stored, prefix + stored, stored.removeprefix(prefix)
+        tensors[next((name for name in names if name in own), stored)] = file
+    tied = {id(own[name]): file for name, file in tensors.items() if name in own}
+    return {name: tied[id(tensor)] for name, tensor in own.items() if id(tensor) in tied} | tensors
 
 
 def read_tensor(path: Path, name: str) -> Tensor:

@@ -14,11 +14,11 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import cached_file
 
 from osrm.adapters import Adapter, write_adapter
 from osrm.backbones import find_backbone, load_tokenizer
-from osrm.checkpoints import DENSE, INDEX, read_tensor, tensor_files
+from osrm.checkpoints import DENSE, INDEX, base_tensor_files, read_tensor
 from osrm.errors import UserError
 from osrm.files import write_json
 from osrm.lending import load_head
@@ -95,7 +95,7 @@ def export_model(merged: MergedUpdate, directory: Path) -> None:
     first = {id(tensor): name for name, tensor in reversed(state.items())}
     # Tied tensors once, as `from_pretrained` wants them.
     wanted = {name: tensor for name, tensor in state.items() if first[id(tensor)] == name}
-    stored = _find_tensors(model, Path(cached_file(backbone.path, CONFIG_NAME)).parent)
+    stored = base_tensor_files(model, backbone)
     modules = {name if name.endswith(".bias") else f"{name}.weight": name for name in merged}
 
     def read(name: str) -> Tensor:
@@ -127,18 +127,6 @@ def export_model(merged: MergedUpdate, directory: Path) -> None:
     for name in EXTRAS:
         with suppress(OSError):
             shutil.copy(cached_file(backbone.path, name), directory)
-
-
-def _find_tensors(model: Any, base: Path) -> dict[str, tuple[Path, str]]:
-    """{tensor of the model: (file, its name there)} of a base; empty if it has no safetensors."""
-    if not any((base / name).exists() for name in (DENSE, INDEX)):
-        return {}
-    own, prefix = model.state_dict(), f"{model.base_model_prefix}."
-    tensors = {}
-    for stored, file in tensor_files(base).items():  # of a model with another head, or with none
-        names = stored, prefix + stored, stored.removeprefix(prefix)
-        tensors[next((name for name in names if name in own), stored)] = file
-    return tensors
 
 
 def _write_shards(directory: Path, sizes: dict[str, int], read: Callable[[str], Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from osrm.backbones import head_tensors
+from osrm.errors import UserError
 
 LINEAR = nn.Linear, Conv1D
 """The layers that may have an update. GPT-2's Conv1D holds its weight as (in, out)."""
@@ -52,6 +54,18 @@ def linear_weight(model: nn.Module, name: str) -> Tensor:
     """
     parameter, layout = _linear_parameter(model, name)
     return layout(parameter)
+
+
+def check_not_tied(model: nn.Module, names: Collection[str], where: Path) -> None:
+    """Refuse, with a UserError, an update of a layer that shares its weight with an embedding."""
+    modules = dict(model.named_modules())
+    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    for name in names:
+        if id(getattr(modules.get(name), "weight", None)) in embeddings:
+            raise UserError(
+                f"{where}: {name} shares its weight with the base's embedding, and W0 + ΔW would"
+                " change both; use adapters: --no-eval --export adapter"
+            )
 
 
 def _linear_parameter(model: nn.Module, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

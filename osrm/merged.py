@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from osrm.backbones import find_backbone
 from osrm.errors import UserError
 from osrm.files import staged, write_json, write_text
-from osrm.lending import linear_weight, load_head
+from osrm.lending import check_not_tied, linear_weight, load_head
 from osrm.merging import Masked, Merged, Part, row
 from osrm.records import RECIPE, Recipe, record
 from osrm.task_vectors import Lazy, LoraPair
@@ -151,6 +151,7 @@ def load_merged(
     base = find_backbone(backbone or update.backbone)
     model, new = update.recipe.kind.load(base, update.labels, dtype)
     load_head(model, update.head, new)
+    check_not_tied(model, update, update.directory)
     for module in update:
         linear_weight(model, module).add_(update[module])
     return model.eval()

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     GemmaConfig,
     GPT2Config,
@@ -23,6 +24,7 @@ from transformers import (
     ViTConfig,
 )
 
+from osrm.checkpoints import load_adapters
 from osrm.errors import UserError
 from osrm.merged import load_merged
 from tests.conftest import merge_them
@@ -334,3 +336,67 @@ def test_glue_does_not_score_language_models(tmp_path):
     paths = {"rte": make_adapter("llama", base, tmp_path / "rte", 1)}
     with pytest.raises(UserError, match=r"CAUSAL_LM.*--no-eval"):
         merge_them(paths, tmp_path)
+
+
+@pytest.fixture
+def head_adapters(tmp_path) -> tuple[str, dict[str, str]]:
+    """LoRA on lm_head, too: PEFT saves the layer of the base beside it."""
+    base, paths = make_base("llama", tmp_path / "base"), {}
+    targets = ["q_proj", "lm_head"]
+    for seed, task in enumerate(("first", "second")):
+        folder = tmp_path / task
+        paths[task] = make_adapter("llama", base, folder, seed, target_modules=targets)
+        state = load_file(folder / "adapter_model.safetensors")
+        assert "base_model.model.lm_head.base_layer.weight" in state
+    return base, paths
+
+
+def test_lora_on_the_layer_that_writes_tokens(head_adapters, tmp_path):
+    base, paths = head_adapters
+    options = {"methods": ["task_arithmetic"], "scale": 1.0, "no_eval": True}
+    out = merge_them(paths, tmp_path, export=["adapter", "model"], **options)
+    expected = logits("llama", summed("llama", base, paths, "first"))
+    for model in (
+        *load_both("llama", base, out / "task_arithmetic", "first"),
+        load_merged(out / "task_arithmetic", "first"),
+    ):
+        assert_close(logits("llama", model), expected)
+
+
+def test_another_layer_than_the_base_has_is_refused(head_adapters, tmp_path):
+    _, paths = head_adapters
+    file = Path(paths["second"]) / "adapter_model.safetensors"
+    state = load_file(file)
+    state["base_model.model.lm_head.base_layer.weight"][3, 5] += 1e-3
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"second: its lm_head.weight is not that of the base"):
+        merge_them(paths, tmp_path, methods=["average"], no_eval=True)
+    with pytest.raises(UserError, match=r"second: it holds lm_head.weight of its base model"):
+        load_adapters({"second": paths["second"]})
+
+
+def test_a_base_layer_in_half_precision_is_compared_so(head_adapters, tmp_path):
+    _, paths = head_adapters
+    for path in paths.values():
+        file = Path(path) / "adapter_model.safetensors"
+        state = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+        save_file(state, file, {"format": "pt"})
+    assert merge_them(paths, tmp_path, methods=["average"], no_eval=True).exists()
+
+
+def test_a_head_that_is_the_embedding_gets_adapters_only(tmp_path):
+    torch.manual_seed(0)
+    config = copy.deepcopy(MODELS["llama"][0])
+    config.tie_word_embeddings = True
+    base = str(tmp_path / "base")
+    auto("llama").from_config(config).save_pretrained(base)
+    paths = {"one": make_adapter("llama", base, tmp_path / "one", 1, target_modules=["lm_head"])}
+    options = {"methods": ["average"], "no_eval": True}
+    with pytest.raises(UserError, match=r"lm_head shares its weight .*--export adapter"):
+        merge_them(paths, tmp_path, "whole", export=["model"], **options)
+    out = merge_them(paths, tmp_path, "adapters", export=["adapter"], **options)
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(paths["one"])
+    exported = peft.AutoPeftModelForCausalLM.from_pretrained(out / "average/adapters/one")
+    assert_close(logits("llama", exported), logits("llama", adapted))
+    with pytest.raises(UserError, match="lm_head shares its weight"):
+        load_merged(out / "average", "one")

@@ -355,7 +355,7 @@ CASES: dict[str, tuple[Damage, list[str]]] = {
     ),
     "weights of the base": (
         tensor(f"{QUERY}.base_layer.weight", torch.ones(32, 32)),
-        [*FOREIGN, f"'{QUERY}.base_layer.weight'"],
+        ["second: its", "query.weight is not that of the base model", "--backbone"],
     ),
     "embeddings": (
         tensor("base_model.model.roberta.embeddings.word_embeddings.weight", torch.ones(23, 32)),

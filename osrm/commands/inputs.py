@@ -13,7 +13,14 @@ from typing import Any
 import torch
 
 from osrm.backbones import Kind, find_backbone
-from osrm.checkpoints import Checkpoint, check_fits, check_task, named_directories, read_checkpoint
+from osrm.checkpoints import (
+    Checkpoint,
+    check_base_tensors,
+    check_fits,
+    check_task,
+    named_directories,
+    read_checkpoint,
+)
 from osrm.checks import read_json
 from osrm.config import MergeConfig
 from osrm.errors import UserError
@@ -75,6 +82,11 @@ def read_inputs(config: MergeConfig, recipe: Recipe | None = None) -> Inputs:
         raise UserError(f"{where}: nothing says what the base model is; add --backbone")
     if backbone is None and "model" in config.export:
         raise UserError(f"{where}: --export model needs the base model; add --backbone")
+    for task, run in checkpoints.items():
+        if run.base_tensors and backbone is None:
+            raise UserError(f"{run.path}: it holds tensors of its base model; name it: --backbone")
+        if run.base_tensors:
+            check_base_tensors(run, find_backbone(backbone or ""), labels[task])
     vectors = TaskVectors.stack({task: run.updates for task, run in checkpoints.items()})
     return Inputs(checkpoints, vectors, labels, backbone)
 
