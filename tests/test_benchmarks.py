@@ -142,20 +142,23 @@ def test_memory_grows_by_what_is_held():
 # ----------------------------------------------------------------- a GPU
 
 
-def test_all_that_a_gpu_should_be_measured_with_runs(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("study", [False, pytest.param(True, marks=pytest.mark.sweep)])
+def test_all_that_a_gpu_should_be_measured_with_runs(study, capsys, tmp_path, monkeypatch):
     """At toy sizes and on a CPU; a part that is finished is not run again."""
+    counts = {"study": 3} if study else {"roberta": 6, "llama": 4, "merging": 4}
     flags = ["--quick", "--device", "cpu", "--repeats", "1", "--threads", "1", "--jobs", "2"]
-    flags += ["--output", str(tmp_path)]
+    flags += ["--output", str(tmp_path), "--parts", *counts]
     gpu.main(flags)
-    counts = {"study": 3, "roberta": 6, "llama": 4, "merging": 4}
-    records = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in gpu.PARTS}
+    records = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in counts}
     for part, record in records.items():
         assert record["machine"] and record["environment"]["torch"]
         assert len(record["rows"]) == counts[part]
         for row in record["rows"]:
             assert all(value > 0 for value in row.values() if isinstance(value, float)), row
-    both = [row["averages"] for row in records["study"]["rows"] if "averages" in row]
-    assert [row.keys() for row in both] == 2 * [{"pre-trained", "individual", "task_arithmetic"}]
+    if study:
+        both = [row["averages"] for row in records["study"]["rows"] if "averages" in row]
+        names = {"pre-trained", "individual", "task_arithmetic"}
+        assert [row.keys() for row in both] == 2 * [names]
     printed = capsys.readouterr().out
     assert printed.count("\n| ") == 2 * len(counts) + sum(counts.values())
 
