@@ -15,8 +15,6 @@ from osrm.task_vectors import Factors, Lazy, LoraPair, TaskVectors
 Updates = Mapping[str, Float[Tensor, "task out in"]]
 """Module name -> stack of the tasks' dense updates. A look-up may compute the stack anew, so a
 loop over the modules holds one stack at a time."""
-ROWS = 8
-"""A block has a multiple of so many rows, so that its masks fill whole bytes."""
 _BLOCK, _BLOCK_ON_GPU = 2**19, 2**25
 """The entries of a block: few enough for a cache, or enough for all of a GPU."""
 
@@ -106,28 +104,26 @@ class Inputs(Lazy[Tensor]):
         return Inputs(Lazy(self, compute), self.dtype, self.tasks, self.device)
 
     def blocks(
-        self, name: str, multiple: int = ROWS
+        self, name: str, multiple: int = 8
     ) -> Iterator[tuple[slice, Float[Tensor, "task rows in"]]]:
-        """The stack in blocks of rows, each a copy that the next one overwrites; of factors, one
-        block at a time is dense. All but the last have a multiple of `multiple` rows.
+        """The stack in blocks of rows, each a copy; of factors, one block at a time is dense.
+
+        All but the last have a multiple of `multiple` rows: of eight, so that masks fill bytes.
         """
         pairs = self._pairs(name)
         factors = [pair.factors(self.dtype) for pair in pairs]
         stack = torch.empty(0) if pairs else self[name]
         out, width = pairs[0].shape if pairs else stack.shape[1:]
-        tasks, entries = len(self.tasks), _BLOCK if self.device.type == "cpu" else _BLOCK_ON_GPU
-        step = max(1, entries // max(1, tasks * width * multiple)) * multiple
+        entries = _BLOCK if self.device.type == "cpu" else _BLOCK_ON_GPU
+        step = max(1, entries // max(1, len(self.tasks) * width * multiple)) * multiple
         # No row is left over: the product of a single row rounds otherwise.
-        ends = [*range(0, max(1, out - 1), step), out]
-        most = tasks * min(out, step + 1) * width
-        memory = torch.empty(most, dtype=self.dtype, device=self.device)
-        for start, stop in pairwise(ends):
-            block = memory[: tasks * (stop - start) * width].view(tasks, stop - start, width)
+        for start, stop in pairwise([*range(0, max(1, out - 1), step), out]):
             if pairs:
+                block = factors[0][0].new_empty(len(pairs), stop - start, width)
                 for delta, (B, A) in zip(block, factors):
                     torch.mm(B[start:stop], A, out=delta)
             else:  # A view in the caller's loop would keep the whole stack alive.
-                block.copy_(stack[:, start:stop])
+                block = stack[:, start:stop].clone()
             yield slice(start, stop), block
 
     def factors(self, name: str) -> list[Factors]:

@@ -28,11 +28,8 @@ def emr(updates: Inputs, *, scale: float = 1.0) -> Parts:
     rescaler = torch.where(means[1] > 0, means[0] / means[1], 0.0).to(updates.dtype)
 
     def merged(name: str) -> Masked:
-        parts = []
-        for _, block in updates.blocks(name):
-            unified, agreeing = unify(block)
-            parts.append((unified, pack(agreeing.bool())))
-        shared, masks = zip(*parts)
+        parts = (unify(block) for _, block in updates.blocks(name))
+        shared, masks = zip(*((unified, pack(agreeing.bool())) for unified, agreeing in parts))
         return Masked(torch.cat(shared), torch.cat(masks, 1), scale * rescaler)
 
     return Lazy(updates, merged)

@@ -5,7 +5,7 @@ from functools import cache
 from math import gcd
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -14,8 +14,6 @@ from osrm.task_vectors import Lazy
 
 STRIDE, SAMPLE = 61, 2**19
 """A sample has every so many-th entry of a task. Above so many, every third of them is kept."""
-GROUP = 16
-"""`histogram` looks at so many entries together."""
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 """Integers of the same size. The bits of positive floats have the floats' order."""
 
@@ -118,30 +116,26 @@ def trim_threshold(updates: Inputs, names: Sequence[str], density: float) -> Flo
 
 
 def histogram(
-    sizes: Iterable[Float[Tensor, "task entries"]],
-    low: Int64[Tensor, "task"],
-    high: Int64[Tensor, "task"],
-    digits: int,
-) -> tuple[Int64[Tensor, "task"], Int64[Tensor, "task bins"], int]:
-    """How many entries are below `low`, how many in each bin from `low` to `high`, and `shift`.
+    sizes: Iterable[Tensor], low: Tensor, high: Tensor, digits: int
+) -> tuple[Tensor, Tensor, int]:
+    """(below, counts, shift): of each task the entries below `low`, and those of each bin (task,
+    bins) from `low` to `high`. The ends are bits of floats; a bin has 2 ** shift floats.
 
-    The ends are bits of floats, and a bin has 2 to the power `shift` neighbouring floats. Few
-    entries are between the ends: a look at many together skips most others.
+    Few entries are between the ends: a look at sixteen together skips most others.
     """
     width = int((high - low).max())
     shift = max(0, width.bit_length() - digits)
     below, counts = torch.zeros_like(low), low.new_zeros(len(low), (width >> shift) + 1)
     offsets = counts.shape[1] * torch.arange(len(low), device=low.device)
     for block in sizes:
-        bits = BITS[block.dtype]
+        bits, group = BITS[block.dtype], gcd(16, block.shape[1])
+        groups = block.view(len(low), group, block.shape[1] // group)
         first, last = (end.to(bits).view(block.dtype)[:, None, None] for end in (low, high))
         middle = first / 2 + last / 2
         reach = torch.maximum(middle - first, last - middle)
-        group = gcd(GROUP, block.shape[1])
-        groups = block.view(len(low), group, block.shape[1] // group)
-        # Not farther, rather than near: so NaN, which ends all floats, excludes nothing.
-        near = ((groups - middle).abs_().amin(1) > reach.squeeze(1)).logical_not_()
-        task, place = near.nonzero(as_tuple=True)
+        # Not farther, rather than near: NaN, the end of all floats, excludes nothing.
+        near = ((groups - middle).abs_().amin(1, True) > reach).logical_not_()
+        task, _, place = near.nonzero(as_tuple=True)
         above = groups[task, :, place].view(bits) - low[task, None]
         inside = (above >= 0) & (above <= (high - low)[task, None])
         bins = ((above >> shift) + offsets[task, None])[inside]
