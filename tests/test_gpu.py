@@ -332,13 +332,13 @@ def test_merging_methods(gpu, method, dense):
             assert_near(found[name], expected[name], tolerance)
 
 
-PER_BLOCK = {"ties.py": {"bincount", "index.Tensor"}, "dare.py": {"_to_copy"}}
-"""TIES counts magnitudes, and reads how many there are; DARE's draws are the CPU's."""
+PER_BLOCK = {"ties.py": {"nonzero", "index.Tensor"}, "dare.py": {"_to_copy"}}
+"""TIES finds magnitudes, and reads how many there are; DARE's draws are the CPU's."""
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_merging_waits_for_a_module_and_not_for_a_block(gpu, method, monkeypatch):
-    monkeypatch.setattr(_updates, "_BLOCK_ON_GPU", 1)  # 64 rows
+    monkeypatch.setattr(_updates, "_BLOCK_ON_GPU", 1)  # few rows
     needs = METHODS[method].needs
 
     def run(out: int) -> None:

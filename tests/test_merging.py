@@ -6,6 +6,7 @@ import subprocess
 import sys
 import weakref
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from itertools import pairwise, permutations
 from pathlib import Path
@@ -18,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from osrm.errors import UserError
 from osrm.merging import METHODS, Inputs, Lazy, Masked, Method, _updates, check_knobs, merge, row
-from osrm.merging._updates import pack
+from osrm.merging._updates import elect, pack
 from osrm.merging.regmean import condition
-from osrm.merging.ties import trim_threshold
+from osrm.merging.ties import STRIDE, trim_threshold
 from osrm.moments import Moment
 from osrm.task_vectors import LoraPair, TaskVectors
 from tests import oracles
@@ -611,6 +612,99 @@ def test_streamed_threshold_of_float64_is_the_kth_value():
     for density in (1.0, 0.9, 0.5, 0.2, 1e-9):
         threshold = streamed({"w": vectors[:, None]}, density, torch.float64)
         torch.testing.assert_close(threshold, by_sorting(vectors, density), rtol=0, atol=0)
+
+
+class Counted(Inputs):
+    """Counts how often each module is read."""
+
+    def __init__(self, updates, dtype):
+        super().__init__(updates, dtype)
+        self.reads = Counter()
+
+    def blocks(self, name, *args):
+        self.reads[name] += 1
+        return super().blocks(name, *args)
+
+
+@pytest.mark.parametrize("seen", [0.0, 1e-3, 1e3])
+@pytest.mark.parametrize("dtype, reads", [(torch.float32, 4), (torch.float64, 6)])
+def test_a_sample_that_misleads_does_not_change_the_threshold(seen, dtype, reads):
+    """All entries of the sample are equal, and few others are near."""
+    vectors = entries(200 * STRIDE, torch.Generator().manual_seed(0)).to(dtype)
+    vectors[:, ::STRIDE] = seen
+    for density in (0.9, 0.5, 0.2):
+        updates = Counted({"w": vectors[:, None]}, dtype)
+        threshold = trim_threshold(updates, ["w"], density)
+        torch.testing.assert_close(threshold, by_sorting(vectors, density), rtol=0, atol=0)
+        assert updates.reads["w"] == reads
+
+
+@pytest.mark.parametrize("most", [1, 10, 100])
+def test_a_sample_of_any_size_will_do(most, monkeypatch):
+    monkeypatch.setattr(_updates, "_BLOCK", 1)
+    module = sys.modules["osrm.merging.ties"]  # The package has a function of this name.
+    monkeypatch.setattr(module, "STRIDE", 1)
+    monkeypatch.setattr(module, "SAMPLE", most)
+    vectors = entries(5000, torch.Generator().manual_seed(0))
+    for density in (0.9, 0.5, 0.2, 0.01):
+        threshold = streamed({"w": vectors.unflatten(1, (100, 50))}, density)
+        torch.testing.assert_close(threshold, by_sorting(vectors, density), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])  # 7 are no multiple of what one look takes
+def test_infinite_entries_are_the_largest(rows):
+    vectors = entries(rows * 50, torch.Generator().manual_seed(0))
+    vectors[:, ::3] = torch.inf
+    for density in (0.9, 0.4, 0.2):
+        threshold = streamed({"w": vectors.unflatten(1, (rows, 50))}, density)
+        torch.testing.assert_close(threshold, by_sorting(vectors, density), rtol=0, atol=0)
+
+
+def test_a_threshold_of_many_entries_takes_two_passes_and_none_at_density_one():
+    updates = Counted(gaussian(1, shapes={"w": (2100, 2100)}), torch.float32)
+    for density, reads in ((0.2, 2), (1.0, 2)):
+        threshold = trim_threshold(updates, ["w"], density)
+        assert threshold.equal(by_sorting(updates["w"].flatten(1), density))
+        assert updates.reads["w"] == reads
+
+
+NEARLY_ZERO = [
+    [1.0, 2.0**-30, -1.0],
+    [1.0, -1.0, 2.0**-30],
+    [-1.0, -(2.0**-30), 1.0],
+    [1.0, 1.0, -2.0],
+    [1.0 + 2.0**-23, -1.0, -(2.0**-24)],
+    [3e38, 3e38, -3e38],
+    [1e-45, -1e-45, 1e-45],
+    [0.0, -0.0, 0.0],
+    [-0.0, -0.0, -2.0],
+]
+
+
+@pytest.mark.parametrize("tie", [-1, 1])
+def test_the_elected_sign_is_that_of_the_sum_in_float64(tie):
+    """Entry by entry, so that no other entry makes all sums be done again, and all together."""
+    deltas = torch.cat([torch.tensor(NEARLY_ZERO), torch.randn(50, 3)]).T[:, None]
+    for block in (deltas, *deltas.split(1, 2)):
+        total, agreeing = elect(block, tie)
+        wanted = np.sign(block.double().numpy().sum(0))
+        np.testing.assert_array_equal(total.sign().numpy(), wanted)
+        sign = np.where(wanted == 0, tie, wanted)
+        np.testing.assert_array_equal(agreeing.numpy(), np.maximum(block.numpy() * sign, 0))
+
+
+@pytest.mark.parametrize("out", [1, 64, 65, 66, 130])
+@pytest.mark.parametrize("make", [factored, gaussian])
+def test_blocks_are_the_rows_in_their_order_and_none_stands_alone(out, make, monkeypatch):
+    monkeypatch.setattr(_updates, "_BLOCK", 1)
+    updates = make(shapes={"w": (out, 6)})
+    for more in ((), (64,)):
+        rows, blocks = zip(
+            *((r, b.clone()) for r, b in Inputs(updates, torch.float32).blocks("w", *more))
+        )
+        assert [*range(out)] == [i for r in rows for i in range(r.start, r.stop)]
+        assert all(r.start % (more or (8,))[0] == 0 and r.stop - r.start > (out > 1) for r in rows)
+        torch.testing.assert_close(torch.cat(blocks, 1), updates["w"], rtol=1e-6, atol=1e-7)
 
 
 def test_the_number_of_trimmed_entries_is_cut_off_literally():

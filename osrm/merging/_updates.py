@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, UInt8
@@ -14,9 +15,7 @@ from osrm.task_vectors import Factors, Lazy, LoraPair, TaskVectors
 Updates = Mapping[str, Float[Tensor, "task out in"]]
 """Module name -> stack of the tasks' dense updates. A look-up may compute the stack anew, so a
 loop over the modules holds one stack at a time."""
-ROWS = 64
-"""The rows of one draw of DARE, so another number changes its results; blocks have a multiple."""
-_BLOCK, _BLOCK_ON_GPU = 2**21, 2**25
+_BLOCK, _BLOCK_ON_GPU = 2**19, 2**25
 """The entries of a block: few enough for a cache, or enough for all of a GPU."""
 
 
@@ -51,9 +50,32 @@ def row(part: Part, task: int) -> Float[Tensor, "out in"]:
 
 def pack(mask: Tensor) -> UInt8[Tensor, "task bytes"]:
     """The bits of (task, ...) true and false, padded with false."""
-    bits = mask.flatten(1).to(torch.uint8)
-    bits = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8)).unflatten(1, (-1, 8))
-    return (bits << _places(bits)).sum(2, dtype=torch.uint8)
+    flat = mask.flatten(1)
+    eights = torch.nn.functional.pad(flat, (0, -flat.shape[1] % 8)).view(torch.int64)
+    # The product's highest byte has the lowest bit of each of the eight bytes (little-endian).
+    return (eights * 0x0102040810204080 >> 56).to(torch.uint8)
+
+
+def elect(block: Float[Tensor, "task rows in"], tie: int = -1) -> tuple[Tensor, Tensor]:
+    """Σ_t τ_t (rows, in) with the sign γ that it has in float64, and max(γ τ_t, 0) of each task.
+
+    Where the sum is zero, γ is `tie`, +1 or -1. In float64 +a and -a cancel in any order of the
+    tasks, but for absurd ranges.
+    """
+
+    def agreeing(total: Tensor) -> Tensor:
+        sign = (total.sign() + tie / 2).sign_().to(block.dtype)
+        return (block * sign).clamp_(min=0)
+
+    if block.device.type == "cpu":  # A GPU would wait for the comparison.
+        total = block.sum(0)
+        agree = agreeing(total)
+        # The rounding error is below T ε / 2 · Σ_t |τ_t|, of which at least half agrees.
+        error = len(block) * torch.finfo(block.dtype).eps * agree.sum(0)
+        if (total.abs() - error >= 0).all():  # not so for infinity minus infinity
+            return total, agree
+    total = block.sum(0, dtype=torch.float64)
+    return total, agreeing(total)
 
 
 def _places(bits: Tensor) -> UInt8[Tensor, "8"]:
@@ -81,20 +103,28 @@ class Inputs(Lazy[Tensor]):
         """Other stacks of the same tasks and modules."""
         return Inputs(Lazy(self, compute), self.dtype, self.tasks, self.device)
 
-    def blocks(self, name: str) -> Iterator[tuple[slice, Float[Tensor, "task rows in"]]]:
-        """The stack in blocks of rows, each a copy; of factors, one block at a time is dense."""
+    def blocks(
+        self, name: str, multiple: int = 8
+    ) -> Iterator[tuple[slice, Float[Tensor, "task rows in"]]]:
+        """The stack in blocks of rows, each a copy; of factors, one block at a time is dense.
+
+        All but the last have a multiple of `multiple` rows: of eight, so that masks fill bytes.
+        """
         pairs = self._pairs(name)
         factors = [pair.factors(self.dtype) for pair in pairs]
         stack = torch.empty(0) if pairs else self[name]
         out, width = pairs[0].shape if pairs else stack.shape[1:]
         entries = _BLOCK if self.device.type == "cpu" else _BLOCK_ON_GPU
-        step = max(1, entries // max(1, len(self.tasks) * width * ROWS)) * ROWS
-        for start in range(0, max(1, out), step):
-            rows = slice(start, min(start + step, out))
+        step = max(1, entries // max(1, len(self.tasks) * width * multiple)) * multiple
+        # No row is left over: the product of a single row rounds otherwise.
+        for start, stop in pairwise([*range(0, max(1, out - 1), step), out]):
             if pairs:
-                yield rows, torch.stack([B[rows] @ A for B, A in factors])
+                block = factors[0][0].new_empty(len(pairs), stop - start, width)
+                for delta, (B, A) in zip(block, factors):
+                    torch.mm(B[start:stop], A, out=delta)
             else:  # A view in the caller's loop would keep the whole stack alive.
-                yield rows, stack[:, rows].clone()
+                block = stack[:, start:stop].clone()
+            yield slice(start, stop), block
 
     def factors(self, name: str) -> list[Factors]:
         """Every task's (B, A) in float64 with B A = ΔW; for a dense ΔW one is the identity."""

@@ -7,9 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from osrm.merging._updates import ROWS, Inputs, Parts
+from osrm.merging._updates import Inputs, Parts
 from osrm.merging.ties import ties
 from osrm.task_vectors import Lazy
+
+ROWS = 64
+"""The rows of one draw: another number changes the results."""
 
 
 class Dropped(Inputs):
@@ -26,9 +29,11 @@ class Dropped(Inputs):
     def __getitem__(self, name: str) -> Float[Tensor, "task out in"]:
         return torch.cat([block for _, block in self.blocks(name)], 1)
 
-    def blocks(self, name: str) -> Iterator[tuple[slice, Float[Tensor, "task rows in"]]]:
+    def blocks(
+        self, name: str, multiple: int = ROWS
+    ) -> Iterator[tuple[slice, Float[Tensor, "task rows in"]]]:
         """The stack after the drops, in blocks of rows."""
-        for rows, block in self.whole.blocks(name):
+        for rows, block in self.whole.blocks(name, multiple):
             kept = torch.empty(block.shape, dtype=torch.bool)
             for task, mask in zip(self.tasks, kept, strict=True):
                 for start, entries in zip(range(rows.start, rows.stop, ROWS), mask.split(ROWS)):

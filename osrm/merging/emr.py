@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from osrm.merging._updates import Inputs, Masked, Parts, pack
+from osrm.merging._updates import Inputs, Masked, Parts, elect, pack
 from osrm.task_vectors import Lazy
 
 
@@ -18,25 +18,28 @@ def emr(updates: Inputs, *, scale: float = 1.0) -> Parts:
     for name in updates:
         entries, sums = 0, torch.zeros_like(means)
         for _, deltas in updates.blocks(name):
-            unified, mask = elect(deltas)
-            entries += unified.numel()
-            sums[0] += deltas.abs().sum((1, 2), dtype=torch.float64)
-            sums[1] += (mask * unified.abs()).sum((1, 2), dtype=torch.float64)
+            unified, agreeing = unify(deltas)
+            size = unified.abs()
+            entries += size.numel()
+            for i, (delta, mask) in enumerate(zip(deltas.abs_(), agreeing.sign_())):
+                sums[0, i] += delta.double().sum()
+                sums[1, i] += mask.mul_(size).double().sum()
         means += sums / entries
     rescaler = torch.where(means[1] > 0, means[0] / means[1], 0.0).to(updates.dtype)
 
     def merged(name: str) -> Masked:
-        unified, masks = zip(*(elect(block) for _, block in updates.blocks(name)))
-        return Masked(torch.cat(unified), pack(torch.cat(masks, 1)), scale * rescaler)
+        parts = (unify(block) for _, block in updates.blocks(name))
+        shared, masks = zip(*((unified, pack(agreeing.bool())) for unified, agreeing in parts))
+        return Masked(torch.cat(shared), torch.cat(masks, 1), scale * rescaler)
 
     return Lazy(updates, merged)
 
 
-def elect(deltas: Tensor) -> tuple[Tensor, Tensor]:
-    """unified = γ max|τ| (rows, in) of the agreeing tasks, and mask_t = τ_t γ > 0 (task, rows, in).
+def unify(deltas: Tensor) -> tuple[Tensor, Tensor]:
+    """unified = γ max|τ| (rows, in) of the agreeing tasks, and max(γ τ_t, 0) (task, rows, in).
 
-    γ is +1 where the tasks' mean is positive, else -1. The sum is in float64: see `ties`.
+    γ is +1 where the tasks' sum is positive, else -1.
     """
-    sign = (deltas.sum(0, dtype=torch.float64) > 0).to(deltas.dtype) * 2 - 1
-    agreeing = (deltas * sign).clamp_(min=0)
-    return sign * agreeing.amax(0), agreeing > 0
+    total, agreeing = elect(deltas)
+    sign = (total > 0).to(deltas.dtype) * 2 - 1
+    return sign * agreeing.amax(0), agreeing
