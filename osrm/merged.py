@@ -40,10 +40,15 @@ def save_merged(
     with staged(directory) as staging:
         for name in ("updates", "heads"):
             (staging / name).mkdir()
-        for number, module in enumerate(tqdm(merged, desc=directory.name, leave=False)):
+        files = {module: _UPDATE.format(number) for number, module in enumerate(merged)}
+
+        def save(module: str) -> None:
             part = _tensors(merged.parts[module]).items()
             host = {name: tensor.cpu().contiguous() for name, tensor in part}
-            save_file(host, staging / _UPDATE.format(number))
+            save_file(host, staging / files[module])
+
+        for _ in tqdm(merged.calls(save, merged), directory.name, len(merged), leave=False):
+            pass
         write_text(staging / "README.md", _card(recipe))
         for task, head in heads.items():
             save_file(dict(head), staging / "heads" / f"{task}.safetensors")

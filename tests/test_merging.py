@@ -714,6 +714,47 @@ def test_the_number_of_trimmed_entries_is_cut_off_literally():
     assert streamed(updates, 0.2).tolist() == [8]
 
 
+class TestSideBySide:
+    """Modules of factors, with several threads."""
+
+    @pytest.fixture(params=[1, 2, 5])
+    def threads(self, request):
+        before = torch.get_num_threads()
+        torch.set_num_threads(request.param)
+        yield request.param
+        assert torch.get_num_threads() == request.param
+        torch.set_num_threads(before)
+
+    @pytest.mark.parametrize("name", METHODS)
+    def test_the_result_is_the_same(self, name, threads, monkeypatch):
+        merged, found = run(name, factored()), {}
+        list(merged.calls(lambda module: found.update({module: merged[module]}), merged))
+        monkeypatch.setattr(_updates, "SIDE_BY_SIDE", 1)
+        wanted = looked_up(run(name, factored()))
+        assert_equal({module: found[module] for module in wanted}, wanted, rtol=0, atol=0)
+
+    def test_in_order_on_a_share_of_the_threads(self, threads):
+        updates, shares = Inputs(factored(), torch.float32), []
+
+        def call(name):
+            shares.append(torch.get_num_threads())
+            return name
+
+        assert [*updates.side_by_side(call, updates)] == [*updates]
+        assert {*shares} == {threads // min(threads, _updates.SIDE_BY_SIDE)}
+
+    def test_an_error_ends_it(self, threads):
+        updates = Inputs(factored(), torch.float32)
+        with pytest.raises(KeyError):
+            list(updates.side_by_side({}.__getitem__, updates))
+
+    def test_dense_modules_are_one_at_a_time(self, threads):
+        updates = Watched(gaussian())
+        merged = run("ties", updates)
+        list(merged.calls(lambda module: merged[module].sum(), merged))
+        assert updates.most_alive == 1
+
+
 class TestDare:
     """The coins: DARE on one task alone shows which entries it keeps."""
 

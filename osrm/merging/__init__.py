@@ -98,9 +98,12 @@ class Merged(Lazy[Tensor]):
     """What each task receives: module -> stack (task, out, in), made anew at each look-up. An
     update that all tasks share comes as an expanded view: copy it before writing into it."""
 
-    def __init__(self, parts: Mapping[str, Part], tasks: Sequence[str]) -> None:
+    def __init__(
+        self, parts: Mapping[str, Part], tasks: Sequence[str], calls: Callable[..., Any] = map
+    ) -> None:
+        """`calls(function, modules)` calls the function for each module, maybe side by side."""
         super().__init__(parts, self._stack)
-        self.parts, self.tasks = parts, tuple(tasks)
+        self.parts, self.tasks, self.calls = parts, tuple(tasks), calls
 
     def _stack(self, name: str) -> Float[Tensor, "task out in"]:
         part = self.parts[name]
@@ -143,7 +146,9 @@ def merge(
     if weights is not None and "weights" not in method.own_knobs:
         inputs = Weighted(inputs, knobs.pop("weights"))
     needed = [statistics] if method.needs else []
-    return Merged(method.kernel(inputs, *needed, **knobs), inputs.tasks)
+    # A method that looks at data has a module's d × d statistics in memory.
+    calls = map if method.needs else inputs.side_by_side
+    return Merged(method.kernel(inputs, *needed, **knobs), inputs.tasks, calls)
 
 
 def check_knobs(name: str, knobs: Mapping[str, object]) -> None:

@@ -1,6 +1,7 @@
 """EMR: elect one unified update, mask and rescale it for each task (Huang et al., 2024)."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from osrm.merging._updates import Inputs, Masked, Parts, elect, pack
@@ -14,9 +15,11 @@ def emr(updates: Inputs, *, scale: float = 1.0) -> Parts:
     their paper divides the sums over all entries. A task that agrees nowhere gets zero. The
     updates are read once before the first look-up.
     """
-    means = torch.zeros(2, len(updates.tasks), dtype=torch.float64, device=updates.device)
-    for name in updates:
-        entries, sums = 0, torch.zeros_like(means)
+    zero = torch.zeros(2, len(updates.tasks), dtype=torch.float64, device=updates.device)
+
+    def sizes(name: str) -> Float[Tensor, "2 task"]:
+        """The means of |τ_t| and of |mask_t · unified| in one module."""
+        entries, sums = 0, zero.clone()
         for _, deltas in updates.blocks(name):
             unified, agreeing = unify(deltas)
             size = unified.abs()
@@ -24,7 +27,9 @@ def emr(updates: Inputs, *, scale: float = 1.0) -> Parts:
             for i, (delta, mask) in enumerate(zip(deltas.abs_(), agreeing.sign_())):
                 sums[0, i] += delta.double().sum()
                 sums[1, i] += mask.mul_(size).double().sum()
-        means += sums / entries
+        return sums / entries
+
+    means = sum(updates.side_by_side(sizes, updates), zero)
     rescaler = torch.where(means[1] > 0, means[0] / means[1], 0.0).to(updates.dtype)
 
     def merged(name: str) -> Masked:

@@ -1,8 +1,10 @@
 """TIES: trim, elect sign, disjoint mean (Yadav et al., 2023, Algorithm 1)."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from math import gcd
+from threading import Lock
 
 import torch
 from jaxtyping import Float
@@ -64,9 +66,14 @@ def ties(
                 sign.masked_fill_(undecided, fallback)
             means.append(scale * (sign * size / agreeing.sign_().sum(0).clamp_(min=1)))
         if fallback is None and cancel:  # The majority needs other modules, after this one's stack.
-            return merged(name, majority(names))
+            with lock:  # or modules that are merged side by side would all ask for it
+                sign_of_most = majority(names)
+            return merged(name, sign_of_most)
         return torch.cat(means)
 
+    lock = Lock()
+    if trim == "global":
+        limits(tuple(updates))
     return Lazy(updates, merged)
 
 
@@ -80,16 +87,22 @@ def trim_threshold(updates: Inputs, names: Sequence[str], density: float) -> Flo
     updates are read two to four times, and float64 ones up to six times.
     """
 
-    def sizes() -> Iterator[Float[Tensor, "task entries"]]:
-        return (block.flatten(1).abs_() for name in names for _, block in updates.blocks(name))
+    def every(name: str) -> tuple[int, Float[Tensor, "task entries"]]:
+        """The entries of a module, and each of so many of them."""
+        entries, some = 0, []
+        for _, block in updates.blocks(name):
+            some.append(block.flatten(1)[:, -entries % STRIDE :: STRIDE].abs())
+            entries += block[0].numel()
+        return entries, torch.cat(some, 1)
 
     zero = torch.zeros(len(updates.tasks), dtype=updates.dtype, device=updates.device)
-    total, stride, count, parts = 0, STRIDE, 0, []
-    for block in sizes() if density < 1 else ():  # else k = 0, whatever P is
-        parts.append(block[:, -total % stride :: stride].clone())
-        total, count = total + block.shape[1], count + parts[-1].shape[1]
+    total, thinned, count, parts = 0, 1, 0, []
+    # Density 1 means k = 0, whatever P is.
+    for entries, some in updates.side_by_side(every, names if density < 1 else ()):
+        parts.append(some[:, ::thinned])
+        total, count = total + entries, count + parts[-1].shape[1]
         if count > SAMPLE:
-            parts, stride = [torch.cat(parts, 1)[:, ::3]], 3 * stride
+            parts, thinned = [torch.cat(parts, 1)[:, ::3]], 3 * thinned
             count = parts[0].shape[1]
     k = int(total * (1 - density))
     if k == 0:
@@ -100,10 +113,10 @@ def trim_threshold(updates: Inputs, names: Sequence[str], density: float) -> Flo
     low = ends[:, max(0, int(place - margin))].long()
     high = ends[:, min(count + 1, int(place + margin) + 2)].long()
     digits = min(20, max(16, total.bit_length() - 4))
-    below, counts, shift = histogram(sizes(), low, high, digits)
+    below, counts, shift = histogram(updates, names, low, high, digits=digits)
     if not ((below < k) & (k <= below + counts.sum(1))).all():
         low, high = ends[:, 0].long(), ends[:, -1].long()
-        below, counts, shift = histogram(sizes(), low, high, digits)
+        below, counts, shift = histogram(updates, names, low, high, digits=digits)
     rank = (k - below)[:, None]
     while True:
         up_to = counts.cumsum(1)
@@ -112,11 +125,11 @@ def trim_threshold(updates: Inputs, names: Sequence[str], density: float) -> Flo
         low = low + (digit.squeeze(1) << shift)
         if shift == 0:
             return low.to(ends.dtype).view(zero.dtype)
-        _, counts, shift = histogram(sizes(), low, low + (1 << shift) - 1, digits)
+        _, counts, shift = histogram(updates, names, low, low + (1 << shift) - 1, digits=digits)
 
 
 def histogram(
-    sizes: Iterable[Tensor], low: Tensor, high: Tensor, digits: int
+    updates: Inputs, names: Sequence[str], low: Tensor, high: Tensor, *, digits: int
 ) -> tuple[Tensor, Tensor, int]:
     """(below, counts, shift): of each task the entries below `low`, and those of each bin (task,
     bins) from `low` to `high`. The ends are bits of floats; a bin has 2 ** shift floats.
@@ -127,18 +140,26 @@ def histogram(
     shift = max(0, width.bit_length() - digits)
     below, counts = torch.zeros_like(low), low.new_zeros(len(low), (width >> shift) + 1)
     offsets = counts.shape[1] * torch.arange(len(low), device=low.device)
-    for block in sizes:
-        bits, group = BITS[block.dtype], gcd(16, block.shape[1])
-        groups = block.view(len(low), group, block.shape[1] // group)
-        first, last = (end.to(bits).view(block.dtype)[:, None, None] for end in (low, high))
-        middle = first / 2 + last / 2
-        reach = torch.maximum(middle - first, last - middle)
-        # Not farther, rather than near: NaN, the end of all floats, excludes nothing.
-        near = ((groups - middle).abs_().amin(1, True) > reach).logical_not_()
-        task, _, place = near.nonzero(as_tuple=True)
-        above = groups[task, :, place].view(bits) - low[task, None]
-        inside = (above >= 0) & (above <= (high - low)[task, None])
-        bins = ((above >> shift) + offsets[task, None])[inside]
-        counts.view(-1).index_add_(0, bins, torch.ones_like(bins))
-        below += groups.lt_(first).sum(1).sum(1, dtype=torch.int64)
+    bits, lock = BITS[updates.dtype], Lock()
+    first, last = (end.to(bits).view(updates.dtype)[:, None, None] for end in (low, high))
+    middle = first / 2 + last / 2
+    reach = torch.maximum(middle - first, last - middle)
+
+    def count(name: str) -> None:
+        for _, block in updates.blocks(name):
+            sizes = block.flatten(1).abs_()
+            group = gcd(16, sizes.shape[1])
+            groups = sizes.view(len(low), group, sizes.shape[1] // group)
+            # Not farther, rather than near: NaN, the end of all floats, excludes nothing.
+            near = ((groups - middle).abs_().amin(1, True) > reach).logical_not_()
+            task, _, place = near.nonzero(as_tuple=True)
+            above = groups[task, :, place].view(bits) - low[task, None]
+            inside = (above >= 0) & (above <= (high - low)[task, None])
+            bins = ((above >> shift) + offsets[task, None])[inside]
+            fewer = groups.lt_(first).sum(1).sum(1, dtype=torch.int64)
+            with lock:
+                counts.view(-1).index_add_(0, bins, torch.ones_like(bins))
+                below.add_(fewer)
+
+    deque(updates.side_by_side(count, names), maxlen=0)
     return below, counts, shift
