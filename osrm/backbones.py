@@ -39,6 +39,8 @@ BACKBONES = (
     Backbone("llama3.2-3b", "meta-llama/Llama-3.2-3B"),
     Backbone("llama3-8b", "meta-llama/Meta-Llama-3-8B"),
     Backbone("minilm", embedded.minilm, data_dir=MINI_GLUE),
+    Backbone("mpnet", embedded.mpnet, data_dir=MINI_GLUE),
+    Backbone("smollm2", embedded.smollm2, data_dir=MINI_GLUE),
 )
 
 # What model families call their query, key and value projections.

@@ -22,8 +22,9 @@ class TrainConfig:
 
     backbone: str = flag(
         "roberta-large",
-        "roberta-large, t5-large, llama3.2-1b, llama3.2-3b, llama3-8b, minilm (embedded), or a path"
-        " or hub id of a RoBERTa, BERT, MPNet, DistilBERT, T5 or Llama-family model",
+        "roberta-large, t5-large, llama3.2-1b, llama3.2-3b, llama3-8b, the embedded minilm, mpnet"
+        " and smollm2, or a path or hub id of a RoBERTa, BERT, MPNet, DistilBERT, T5 or"
+        " Llama-family model",
     )
     tasks: list[str] = flag([], "the tasks to train, one after the other (default: all eight)")
     other_tasks: list[str] = flag(
@@ -110,7 +111,7 @@ class TrainConfig:
     data_dir: str | None = flag(
         None,
         "DIR with <task>/{train,validation}.{parquet,jsonl,csv,tsv}, or mini-glue (embedded; the"
-        " default of --backbone minilm); without it GLUE from the hub or its local cache",
+        " default of the embedded models); without it GLUE from the hub or its local cache",
         metavar="DIR",
     )
     output_dir: str = flag(".save_dir", "folder for the run directories")

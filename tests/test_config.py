@@ -51,7 +51,15 @@ FLAGS = {
     "--load-model-path": None,
 }
 OTHER_VALUES = {
-    "--backbone": ["t5-large", "llama3.2-1b", "llama3.2-3b", "llama3-8b", "minilm"],
+    "--backbone": [
+        "t5-large",
+        "llama3.2-1b",
+        "llama3.2-3b",
+        "llama3-8b",
+        "minilm",
+        "mpnet",
+        "smollm2",
+    ],
     "--load-epochs": ["epochs.json"],
     "--load-lrs": ["lrs.json"],
     "--lr-scheduler": ["constant", "constant_with_warmup"],

