@@ -108,6 +108,11 @@ class Kind:
         return self.class_name.endswith("ForSequenceClassification")
 
     @property
+    def models_language(self) -> bool:
+        """Whether it predicts the next token, so that texts have a loss."""
+        return self.class_name.endswith(("ForCausalLM", "LMHeadModel"))
+
+    @property
     def has_classes(self) -> bool:
         """Whether the head has an output for each class."""
         return "Classification" in self.class_name
@@ -139,6 +144,8 @@ class Kind:
 
 CLASSIFIER = Kind("SEQ_CLS")
 """Text classification: the kind of all that train_glue.py makes."""
+LANGUAGE = Kind("CAUSAL_LM")
+"""Language models: what --eval-text scores."""
 
 
 def load_tokenizer(backbone: Backbone) -> Any:

@@ -183,6 +183,12 @@ class MergeConfig:
     no_eval: bool = flag(False, "only merge and save; then any task names will do")
     backbone: str | None = flag(None, "the base model, instead of the one the adapters name")
     data_dir: str | None = flag(None, "the data to evaluate on, instead of the runs' own")
+    eval_text: str | None = flag(
+        None,
+        'score language models by the loss of texts: DIR has <task>.jsonl, with {"text": ...} or'
+        ' {"prompt": ..., "completion": ...} a line; --search holds out every second line',
+        metavar="DIR",
+    )
     max_test_samples: int | None = flag(None, "reported examples; < 0: all", COUNT, type=int)
     per_device_eval_bsz: int = flag(64, "evaluation batch size of a device", whole(1))
     device: str = flag(
@@ -199,8 +205,9 @@ class MergeConfig:
         }
         if "search-density" in given and "search" not in given:
             problems.append("--search-density needs --search, the grid of λ; give both")
-        both = ("search", "scale"), ("search-density", "density")
-        for one, other in (*both, ("search", "no-eval"), ("diagnose", "no-eval")):
+        both = ("search", "scale"), ("search-density", "density"), ("eval-text", "data-dir")
+        no_eval = [(name, "no-eval") for name in ("search", "diagnose", "eval-text")]
+        for one, other in (*both, *no_eval):
             if given >= {one, other}:
                 problems.append(f"--{one} and --{other} contradict each other; give one of them")
         if "rank" in given and "adapter" not in self.export:
@@ -209,3 +216,8 @@ class MergeConfig:
         if self.from_recipe and (wrong := [f"--{name}" for name in fixed if name in given]):
             problems.append(f"--from repeats a recipe as it is: leave {', '.join(wrong)} out")
         check(self, problems)
+
+    @property
+    def glue(self) -> bool:
+        """Whether GLUE's tasks are scored."""
+        return not (self.no_eval or self.eval_text)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
@@ -19,11 +20,25 @@ from osrm.glue import GlueTask, predicted, task_scores
 Predictions = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
+Outputs = Callable[[Any, dict[str, Tensor]], Tensor]
+
+
+def class_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Logits (n, labels) of a batch, without a look at its labels."""
+    return model(**{name: x for name, x in batch.items() if name != "labels"}).logits.float()
+
+
 @torch.no_grad()
 def predict(
-    model: Any, encoded: Encoded, tokenizer: Any, batch_size: int, *, title: str
+    model: Any,
+    encoded: Encoded,
+    tokenizer: Any,
+    batch_size: int,
+    *,
+    title: str,
+    outputs: Outputs = class_logits,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (n, labels) and labels (n,) of tokenised examples, in their order.
+    """Outputs (n, k) and labels (n,) of tokenised examples, in their order.
 
     Several processes share the work, and every one returns the whole result.
     """
@@ -36,19 +51,18 @@ def predict(
         share, batch_size, collate_fn=collator(tokenizer), pin_memory=torch.cuda.is_available()
     )
     quiet, low = not processes.is_first(), model.dtype in (torch.bfloat16, torch.float16)
-    logits, training = [], model.training
+    rows, training = [], model.training
     model.eval()
     with torch.autocast(model.device.type, dtype=model.dtype if low else None, enabled=low):
         for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=quiet):
-            del batch["labels"]
-            inputs = send_to_device(batch, model.device, non_blocking=True)
-            logits.append(model(**inputs).logits.float())
+            batch = send_to_device(dict(batch), model.device, non_blocking=True)
+            rows.append(outputs(model, batch))
     model.train(training)
-    parts = processes.gathered(torch.cat(logits).cpu().numpy())
-    outputs = np.empty((len(order), parts[0].shape[1]), parts[0].dtype)
+    parts = processes.gathered(torch.cat(rows).cpu().numpy())
+    result = np.empty((len(order), parts[0].shape[1]), parts[0].dtype)
     for indices, part in zip(shares, parts, strict=True):
-        outputs[indices] = part
-    return outputs, np.asarray(encoded.datasets["labels"])
+        result[indices] = part
+    return result, np.asarray(encoded.datasets["labels"])
 
 
 def predict_splits(

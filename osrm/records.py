@@ -11,6 +11,7 @@ from osrm.backbones import CLASSIFIER, Kind
 from osrm.checks import Check, flag, one_of, optional, problems, read_object, text, whole
 from osrm.errors import UserError
 from osrm.merging import check_knobs
+from osrm.metrics import LOSS, SCORE, Measure
 
 RECIPE, RESULTS = "recipe.json", "results.json"
 STEP = 1.5
@@ -33,24 +34,35 @@ class Search:
     chosen_on: str = "held-out data"
 
     @classmethod
-    def choose(cls, curves: dict[str, dict[float, float]], knobs: dict[str, Any]) -> Search:
+    def choose(
+        cls,
+        curves: dict[str, dict[float, float]],
+        knobs: dict[str, Any],
+        measure: Measure = SCORE,
+    ) -> Search:
         """The λ with the best average over the tasks; of equal ones the smallest.
 
         Args:
             curves: {task: {λ: score}}
             knobs: what else was chosen
+            measure: what is best
         """
         grid = sorted(next(iter(curves.values())))
         scores = {task: [curve[scale] for scale in grid] for task, curve in curves.items()}
         # Rounded: averages that are equal as fractions may differ in their last bit.
         average = [round(mean(values), 12) for values in zip(*scores.values())]
-        return cls(grid, scores, average, grid[average.index(max(average))], knobs)
+        return cls(grid, scores, average, grid[average.index(measure.best(average))], knobs)
+
+    @property
+    def value(self) -> float:
+        """The average with the best λ."""
+        return self.average[self.grid.index(self.best)]
 
     def beyond(self) -> float | None:
         """The λ to try next, if the best is at an edge of the grid; None if it is inside."""
         if len(self.grid) > 1 and self.best == self.grid[-1]:
             return float(f"{self.best * STEP:.3g}")
-        if len(self.grid) > 1 and self.best == self.grid[0] and self.average[0] > self.average[1]:
+        if len(self.grid) > 1 and self.best == self.grid[0] and self.average[0] != self.average[1]:
             return float(f"{self.best / STEP:.3g}")
         return None
 
@@ -81,6 +93,11 @@ class Merge:
     tasks: dict[str, Source]
     environment: dict[str, Any] = field(default_factory=dict)
     """Versions of packages and of this code."""
+
+    @property
+    def measure(self) -> Measure:
+        """What the scores of such merges are."""
+        return LOSS if self.kind.models_language else SCORE
 
 
 @dataclass(frozen=True, kw_only=True)

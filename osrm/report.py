@@ -27,6 +27,7 @@ from osrm.errors import UserError, run_script
 from osrm.files import write_text, written
 from osrm.glue import TASKS
 from osrm.interference import Diagnosis, off_diagonal
+from osrm.metrics import LOSS, Measure
 from osrm.records import Results, Row, Search
 
 STYLE: Any = dict.fromkeys(["axes.spines.top", "axes.spines.right"], False)
@@ -37,7 +38,12 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 
 
 def frame(results: Results) -> pd.DataFrame:
-    """A line for each row: init, row, knobs as JSON, each task's score, averages, costs."""
+    """A line for each row: init, row, knobs as JSON, each task's score, averages, costs.
+
+    With a loss there are each task's perplexity and number of tokens, too.
+    """
+    metrics = ("perplexity", "tokens") if results.measure is LOSS else ()
+    more = [(task, metric) for task in results.tasks for metric in metrics]
     return pd.DataFrame(
         {
             "init": results.init,
@@ -45,6 +51,7 @@ def frame(results: Results) -> pd.DataFrame:
             "knobs": json.dumps(row.knobs),
             **{task: row.scores[task] for task in results.tasks},
             **{name: getattr(row, name) for name in ("average", "normalised_average", *COSTS)},
+            **{f"{task}_{metric}": row.metrics[task][f"eval_{metric}"] for task, metric in more},
         }
         for row in results.rows
     )
@@ -52,15 +59,23 @@ def frame(results: Results) -> pd.DataFrame:
 
 def score_table(results: Sequence[Results]) -> str:
     """The Markdown table: a row for each method and start, a column for each task."""
-    tasks = list(results[0].tasks)
+    tasks, measure = list(results[0].tasks), results[0].measure
     lines = pd.concat(map(frame, results), ignore_index=True)
-    table = 100 * lines[[*tasks, "average", "normalised_average"]].astype(float)
+    table = measure.factor * lines[[*tasks, "average", "normalised_average"]].astype(float)
+    table = table.map(lambda value: cell(value, measure.form))
     table.columns = [*tasks, "average", "normalised"]
     table.insert(0, "start", lines["init"])
     table.insert(1, "row", [row_title(row) for result in results for row in result.rows])
-    scored = ", ".join(f"{task} {TASKS[task].score}" for task in tasks).replace("_", " ")
-    normalised = "Normalised: mean of each task's score divided by its own adapter's."
-    return f"{markdown(table, '.1f', titles=2)}\n\nScores × 100: {scored}. {normalised}\n"
+    if measure is LOSS:
+        for task in tasks:
+            table[f"{task}, perplexity"] = lines[f"{task}_perplexity"]
+        tokens = ", ".join(f"{task} {lines[f'{task}_tokens'][0]:.0f}" for task in tasks)
+        legend = f"Loss in {measure.unit}, lower is better. Tokens: {tokens}."
+    else:
+        scored = ", ".join(f"{task} {TASKS[task].score}" for task in tasks).replace("_", " ")
+        legend = f"Scores × 100: {scored}."
+    normalised = f"Normalised: mean of each task's {measure.name} divided by its own adapter's."
+    return f"{markdown(table, '.1f', titles=2)}\n\n{legend} {normalised}\n"
 
 
 def cost_table(results: Results) -> str:
@@ -129,20 +144,22 @@ def save(figure: Figure, path: Path) -> None:
 def plot(results: Sequence[Results], path: Path) -> None:
     """Bars of the average score: a group for each row, a colour for each start of A."""
     names = [shared_title(same) for same in zip(*(result.rows for result in results))]
-    averages = [100 * frame(result)["average"] for result in results]
+    measure = results[0].measure
+    averages = [measure.factor * frame(result)["average"] for result in results]
     table = pd.DataFrame(averages, [result.init for result in results]).T.set_axis(names)
     look = {"color": COLOURS, "width": 0.8, "fontsize": 8, "rot": 0, "legend": False}
     with new_plot(path, title="start of A", ncols=len(results)):
         axes = table.plot.bar(figsize=(1.6 + 1.5 * len(names), 4), **look)
         for bars in axes.containers:
-            axes.bar_label(bars, fmt="%.1f", fontsize=8)
-        axes.set_ylabel(f"average score of {len(results[0].tasks)} tasks (× 100)")
+            axes.bar_label(bars, fmt=f"%{measure.form}", fontsize=8)
+        tasks = f"{len(results[0].tasks)} tasks ({measure.unit})"
+        axes.set_ylabel(f"average {measure.name} of {tasks}")
 
 
 def plot_tasks(results: Results, path: Path) -> None:
     """Bars of every task's score: a field for each task, a bar for each row."""
-    tasks = list(results.tasks)
-    table = 100 * frame(results).set_index("row")[tasks][::-1]
+    tasks, measure = list(results.tasks), results.measure
+    table = measure.factor * frame(results).set_index("row")[tasks][::-1]
     columns = min(4, len(tasks))
     lines = -(-len(tasks) // columns)
     size = (1.6 + 2.2 * columns, 0.8 + lines * (0.6 + 0.2 * len(table)))
@@ -151,21 +168,23 @@ def plot_tasks(results: Results, path: Path) -> None:
     with new_plot(path):
         fields = table.plot.barh(**grid, **look)
         for axes, task in zip(fields.flat, tasks):
-            axes.bar_label(axes.containers[0], fmt="%.0f", fontsize=7)
-            axes.set_title(f"{task}, {TASKS[task].score}".replace("_", " "), fontsize=8)
+            form, metric = ("%.2f", "loss") if measure is LOSS else ("%.0f", TASKS[task].score)
+            axes.bar_label(axes.containers[0], fmt=form, fontsize=7)
+            axes.set_title(f"{task}, {metric}".replace("_", " "), fontsize=8)
 
 
-def plot_search(search: Mapping[str, Search], path: Path) -> None:
+def plot_search(search: Mapping[str, Search], measure: Measure, path: Path) -> None:
     """The average held-out score against λ: a curve for each method, its best λ a star."""
     with new_plot(path, ncols=len(search)):
         axes = plt.figure(figsize=(6, 4)).gca()
         for colour, (method, curve) in zip(cycle(COLOURS), search.items()):
-            average = [100 * score for score in curve.average]
+            average = [measure.factor * score for score in curve.average]
             label = f"{method} (best λ: {curve.best:g})"
             axes.plot(curve.grid, average, "o-", color=colour, markersize=4, label=label)
             height = average[curve.grid.index(curve.best)]
             axes.plot(curve.best, height, "*", color=colour, markersize=15, markeredgecolor="white")
-            axes.set_ylabel(f"average held-out score of {len(curve.scores)} tasks (× 100)")
+            tasks = f"{len(curve.scores)} tasks ({measure.unit})"
+            axes.set_ylabel(f"average held-out {measure.name} of {tasks}")
         axes.set_xlabel("λ")
 
 
@@ -267,7 +286,7 @@ def main() -> None:
     for path, result in zip(arguments.results, results):
         if [row.name for row in result.rows] != [row.name for row in results[0].rows]:
             raise UserError(f"{path}: other methods than {arguments.results[0]}; merge them alike")
-        if list(result.tasks) != list(results[0].tasks):
+        if [result.measure, *result.tasks] != [results[0].measure, *results[0].tasks]:
             raise UserError(f"{path}: other tasks than {arguments.results[0]}; merge them alike")
     text = score_table(results)
     write_text(arguments.output_dir / "table.md", text)

@@ -15,7 +15,7 @@ from transformers import set_seed
 from osrm.backbones import Backbone, body_fingerprint, load_model
 from osrm.bank import FeatureFile, task_features
 from osrm.data import Encoded, TaskData, feature_batches, fingerprint, tokenize
-from osrm.evaluation import Predictions, predict_splits
+from osrm.evaluation import Predictions, predict_splits, scores
 from osrm.glue import TASKS, GlueTask
 from osrm.lending import load_head
 from osrm.seeds import derive_seed
@@ -37,6 +37,10 @@ class Session:
     """{task: tokens an example}"""
     data: Mapping[str, TaskData]
     """{task: its examples as texts}"""
+
+    def task(self, name: str) -> GlueTask:
+        """The task of that name."""
+        return TASKS[name]
 
     def model(self, task: GlueTask, head: Mapping[str, Tensor] | None = None) -> Any:
         """The base model with this head, or with a new one that depends on the seed and task."""
@@ -69,6 +73,14 @@ class Session:
             model, task, splits, self.tokenizer, batch_size=self.batch_size, title=title
         )
 
+    def scores(self, task: GlueTask, predictions: Predictions) -> dict[str, float]:
+        """All metrics of what was predicted, {"eval_accuracy": ...}."""
+        return scores(task, predictions)
+
+    def rows(self, encoded: Encoded) -> int:
+        """How many of these examples a batch may have."""
+        return self.batch_size
+
     def key(self, model: Any, task: GlueTask, frame: DataFrame, **settings: Any) -> dict[str, Any]:
         """All that a statistic of the model on these examples depends on, but for the layers."""
         return {
@@ -96,8 +108,8 @@ class Session:
         The settings of `key` have "features" and "count_padding".
         """
         pad_to = key["max_seq_len"] if key["count_padding"] else None
-        encoded = self.encoded(TASKS[key["task"]], examples)
-        batches = feature_batches(encoded, self.tokenizer, self.batch_size, pad_to)
+        encoded = self.encoded(self.task(key["task"]), examples)
+        batches = feature_batches(encoded, self.tokenizer, self.rows(encoded), pad_to)
         file = task_features(key, model, modules, batches, path=path)
         file.device = self.device
         return file

@@ -51,7 +51,7 @@ def read_inputs(config: MergeConfig, recipe: Recipe | None = None) -> Inputs:
     else:
         where = f"--load-model-path {config.load_model_path}"
         directories = named_directories(config.load_model_path, None)
-    if not config.no_eval:
+    if config.glue:
         find_tasks(directories, where)
     # A character has up to 4 bytes, the name of a file up to 255.
     if odd := [task for task in directories if not re.fullmatch(r"\w[\w.-]{,59}", task)]:
@@ -69,12 +69,12 @@ def read_inputs(config: MergeConfig, recipe: Recipe | None = None) -> Inputs:
         task: read_checkpoint(path, lambda name, kind: load_base(config.backbone or name, kind))
         for task, path in directories.items()
     }
-    if not config.no_eval:
+    if config.glue:
         for task, checkpoint in checkpoints.items():
             check_task(checkpoint, task)
     check_bases(checkpoints, config.backbone)
-    check_kinds(checkpoints, config.no_eval)
-    labels = {task: head_labels(task, run, config.no_eval) for task, run in checkpoints.items()}
+    check_kinds(checkpoints, config)
+    labels = {task: head_labels(task, run, config.glue) for task, run in checkpoints.items()}
     names = [config.backbone]
     names += [run.args.get("backbone") or run.base for run in checkpoints.values()]
     backbone = next((name for name in names if name), None)
@@ -112,8 +112,8 @@ def check_bases(checkpoints: Mapping[str, Checkpoint], backbone: str | None) -> 
         )
 
 
-def check_kinds(checkpoints: Mapping[str, Checkpoint], no_eval: bool) -> None:
-    """Refuse models of different kinds, and scores of what is no text classification."""
+def check_kinds(checkpoints: Mapping[str, Checkpoint], config: MergeConfig) -> None:
+    """Refuse models of different kinds, and scores of what they are not for."""
     kinds = {checkpoint.kind: task for task, checkpoint in checkpoints.items()}
     if len(kinds) > 1:
         first, second, *_ = kinds
@@ -122,10 +122,15 @@ def check_kinds(checkpoints: Mapping[str, Checkpoint], no_eval: bool) -> None:
             f" {second}); merge adapters of one task_type"
         )
     (kind,) = kinds
-    if not (no_eval or kind.classifies_text or kind == Kind()):
+    if config.eval_text and not kind.models_language:
+        raise UserError(
+            f"the adapters are of kind {kind}, and --eval-text scores language models (CAUSAL_LM);"
+            " leave it out"
+        )
+    if config.glue and not (kind.classifies_text or kind == Kind()):
         raise UserError(
             f"the adapters are of kind {kind}, and GLUE's scores need text classification"
-            " (SEQ_CLS); add --no-eval"
+            " (SEQ_CLS); add --no-eval, or --eval-text for a language model"
         )
 
 
@@ -137,18 +142,18 @@ def check_base(inputs: Inputs) -> None:
         check_fits(checkpoint, model, new)
 
 
-def head_labels(task: str, checkpoint: Checkpoint, no_eval: bool) -> tuple[str, ...]:
+def head_labels(task: str, checkpoint: Checkpoint, glue: bool) -> tuple[str, ...]:
     """The classes of a task: GLUE's, or as many as its head has outputs; none: a regression.
 
-    Scores need GLUE's: without them any other head is refused.
+    GLUE's scores need GLUE's: any other head is refused.
     """
-    if no_eval and not checkpoint.kind.has_classes:
+    if not glue and not checkpoint.kind.has_classes:
         return ()
     matrices = [tensor for tensor in checkpoint.head.values() if tensor.ndim == 2]
     outputs = min(map(len, matrices), default=0)
     if task in TASKS and outputs == TASKS[task].num_labels:
         return TASKS[task].labels
-    if not no_eval:
+    if glue:
         head = f"its head has {outputs} outputs" if outputs else "it has no trained head"
         raise UserError(
             f"{checkpoint.path}: {head}, {task} needs {TASKS[task].num_labels}; train the head"
@@ -174,7 +179,7 @@ def choose_methods(config: MergeConfig) -> Knobs:
     flags = {knob: value for knob, value in flags.items() if value is not None}
     names = config.methods
     if names in ([], ["all"]):
-        looking = [n for n, method in METHODS.items() if method.needs and config.no_eval]
+        looking = [n for n, method in METHODS.items() if method.needs and not config.glue]
         names = [name for name in table if name not in looking]
     methods: Knobs = {}
     problems = [] if names else ["no method; name one"]
@@ -184,8 +189,9 @@ def choose_methods(config: MergeConfig) -> Knobs:
         methods[name] = {**table.get(name, {}), **given}
         try:
             check_knobs(name, methods[name])
-            if METHODS[name].needs and config.no_eval:
-                problems.append(f"{name} looks at data, which --no-eval leaves out")
+            if METHODS[name].needs and not config.glue:
+                without = "--no-eval" if config.no_eval else "--eval-text"
+                problems.append(f"{name} looks at data, which {without} leaves out")
         except UserError as error:
             problems.append(str(error))
     for knob, value in flags.items():

@@ -15,8 +15,6 @@ from torch import Tensor
 from osrm.commands.inputs import Inputs
 from osrm.commands.statistics import collect_statistics
 from osrm.config import MergeConfig
-from osrm.evaluation import scores
-from osrm.glue import TASKS
 from osrm.lending import applied
 from osrm.measure import peak_memory, reset_peak_memory
 from osrm.merged import MergedUpdate, save_merged
@@ -96,6 +94,7 @@ class Merger:
         grid = sorted(set(config.search))
         densities: list[float] | list[None] = sorted(set(config.search_density)) or [None]
         best: dict[str, Search] = {}
+        better = self.shared.measure.best
         for density in densities:
             tried: dict[str, dict[str, Any]] = {}
             for name in self.methods:
@@ -106,8 +105,8 @@ class Merger:
                     tried[name] = {}
             self.save({n: {**self.methods[n], **more} for n, more in tried.items() if more})
             for name, search in self.search_scales(grid, tried).items():
-                if name not in best or max(search.average) > max(best[name].average):
-                    best[name] = search
+                # Of equal ones the first.
+                best[name] = better(best.get(name, search), search, key=lambda one: one.value)
         for name, search in best.items():
             tried_scales = f"{search.grid}"
             if len(search.grid) > len(grid):
@@ -137,7 +136,10 @@ class Merger:
                 )
                 for name, scores_by_scale in by_method.items():
                     curves[name][task] |= scores_by_scale
-            searches |= {name: Search.choose(curves[name], tried[name]) for name in wanted}
+            searches |= {
+                name: Search.choose(curves[name], tried[name], self.shared.measure)
+                for name in wanted
+            }
             wanted = {
                 name: [beyond]
                 for name in wanted
@@ -156,7 +158,7 @@ def held_out_scores(
     wanted: Mapping[str, list[float]],
 ) -> dict[str, dict[float, float]]:
     """{method: {λ: one task's score}} for the λ in `wanted`; one model gets all the updates."""
-    task = TASKS[task_name]
+    task = session.task(task_name)
     model = session.model(task, head)
     examples = {"": session.encoded(task, session.data[task_name].selection)}
     by_method: dict[str, dict[float, float]] = {method: {} for method in wanted}
@@ -166,6 +168,6 @@ def held_out_scores(
             update = MergedUpdate(merged / method, task_name, scale, session.device)
             with applied(model, update, memory):
                 title = f"{task_name}: {method}, λ = {scale:g}"
-                metrics = scores(task, session.predict(model, task, examples, title))
+                metrics = session.scores(task, session.predict(model, task, examples, title))
             by_method[method][scale] = metrics[f"eval_{task.score}"]
     return by_method

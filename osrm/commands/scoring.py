@@ -21,7 +21,7 @@ from osrm.config import MergeConfig, TrainConfig
 from osrm.data import Splits, TaskData, fingerprint, load_task, split_task, validation_splits
 from osrm.devices import find_device
 from osrm.errors import UserError
-from osrm.evaluation import Predictions, scores
+from osrm.evaluation import Predictions
 from osrm.files import write_json, write_text
 from osrm.glue import TASKS
 from osrm.interference import diagnose
@@ -32,6 +32,7 @@ from osrm.merging import METHODS, row
 from osrm.records import RESULTS, Results, Row, record
 from osrm.session import Session
 from osrm.task_vectors import LoraPair, deltas, dense
+from osrm.texts import open_texts
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ def open_session(
         the session, and {task: data and settings of its scores}: the flags, else its args.json
     """
     backbone = find_backbone(inputs.backbone or "")
+    if config.eval_text:
+        return open_texts(config, backbone, inputs.checkpoints)
     tokenizer = load_tokenizer(backbone)
     fallback = {**vars(TrainConfig()), "data_dir": backbone.data_dir}
     flags = {"data_dir": config.data_dir, "max_test_samples": config.max_test_samples}
@@ -120,7 +123,7 @@ def predict_all(session: Session, merger: Merger) -> RowPredictions:
     """
     predictions: RowPredictions = {n: {} for n in ("pre-trained", "individual", *merger.methods)}
     for name, checkpoint in merger.inputs.checkpoints.items():
-        task = TASKS[name]
+        task = session.task(name)
         model = session.model(task, checkpoint.head)
         splits = session.encoded_splits(task)
         memory: dict[str, Tensor] = {}
@@ -152,7 +155,7 @@ def score_all(session: Session, merger: Merger, settings: dict[str, dict[str, An
     results = Results(
         **vars(merger.shared),
         init=inits.pop() if len(inits) == 1 else "mixed starts",
-        rows=rows(predictions, merger),
+        rows=rows(predictions, session, merger),
         search=merger.search,
         evaluation=settings,
         evaluation_peak_gib=peak,
@@ -164,17 +167,17 @@ def score_all(session: Session, merger: Merger, settings: dict[str, dict[str, An
     report.plot([results], directory / "results.png")
     report.plot_tasks(results, directory / "tasks.png")
     if merger.search:
-        report.plot_search(merger.search, directory / "search.png")
+        report.plot_search(merger.search, results.measure, directory / "search.png")
 
 
-def rows(predictions: RowPredictions, merger: Merger) -> list[Row]:
+def rows(predictions: RowPredictions, session: Session, merger: Merger) -> list[Row]:
     """The rows of the table, with the scores that the paper's tables show, and all metrics."""
     metrics = {
-        name: {task: scores(TASKS[task], splits) for task, splits in by_task.items()}
+        name: {task: session.scores(session.task(task), splits) for task, splits in by_task.items()}
         for name, by_task in predictions.items()
     }
     shown = {
-        name: {task: values[f"eval_{TASKS[task].score}"] for task, values in by_task.items()}
+        name: {task: values[f"eval_{session.task(task).score}"] for task, values in by_task.items()}
         for name, by_task in metrics.items()
     }
     own = {task: score for task, score in shown["individual"].items() if score > 0}
@@ -227,13 +230,13 @@ def diagnose_merges(session: Session, merger: Merger) -> None:
     Measured on the first reported examples of each task: no start of A depends on them.
     """
     merged, checkpoints = merger.directory, merger.inputs.checkpoints
-    model = session.model(TASKS[next(iter(checkpoints))])
+    model = session.model(session.task(next(iter(checkpoints))))
     modules = [name for name, _ in model.named_modules() if name in merger.inputs.vectors]
     settings = {"features": "token", "count_padding": False}
     moments, starts, updates = {}, {}, {}
     for task, checkpoint in checkpoints.items():
         examples = session.data[task].validation[""].head(DIAGNOSED)
-        key = session.key(model, TASKS[task], examples, **settings)
+        key = session.key(model, session.task(task), examples, **settings)
         moments[task] = session.statistics(model, modules, key, examples)
         updates[task] = {name: checkpoint.updates[name] for name in modules}
         if (checkpoint.path / "init_model" / CONFIG).exists():
