@@ -117,11 +117,9 @@ def compare(
         heads = {task: random_head(session, task) for task in tasks}
 
         def score(task: str, values: list[float]) -> list[float]:
-            head = heads[task]
-            scores = held_out_scores(
-                session, task, head, merged=merged, methods=[METHOD], grid=values
-            )
-            return scores[METHOD]
+            wanted = {METHOD: values}
+            scores = held_out_scores(session, task, heads[task], merged=merged, wanted=wanted)
+            return [scores[METHOD][value] for value in values]
 
         ways: dict[str, Callable[[str], list[float]]] = {
             "in place": lambda task: score(task, grid),
