@@ -222,7 +222,7 @@ def iso_cts(updates, scale, common=0.8):
         U, values, Vh = svd(sum(deltas))
         own = round((len(values) - int(common * len(values))) / len(deltas))
         own = min(own, len(values) // len(deltas))
-        left = [U[:, :len(values) - own * len(deltas)]]
+        left = [U[:, : len(values) - own * len(deltas)]]
         right, strengths = [Vh[: left[0].shape[1]].T], [values[: left[0].shape[1]]]
         for delta in deltas:
             rest = delta - left[0] @ left[0].T @ delta

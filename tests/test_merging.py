@@ -1020,7 +1020,7 @@ AUTHORS_ISO_CTS = {
         [-0.541535, 6.787787, 0.576262, -1.119374, 0.890538],
     ],
 }
-"""{common: what `iso_cts` of github.com/danielm1405/iso-merging, src/utils/iso.py at commit d34010a,
+"""{common: what `iso_cts` of iso-merging (github.com/danielm1405, src/utils/iso.py at d34010a)
 gives of the two updates below, in float64}"""
 
 
