@@ -213,3 +213,27 @@ def iso_c(updates, scale):
         return scale * mean * U @ Vh
 
     return shared(updates, merge_one)
+
+
+def iso_cts(updates, scale, common=0.8):
+    """Algorithm 2 of the paper, with as many directions as the sum has instead of min(out, in)."""
+
+    def merge_one(name, deltas):
+        U, values, Vh = svd(sum(deltas))
+        own = round((len(values) - int(common * len(values))) / len(deltas))
+        own = min(own, len(values) // len(deltas))
+        left = [U[:, : len(values) - own * len(deltas)]]
+        right, strengths = [Vh[: left[0].shape[1]].T], [values[: left[0].shape[1]]]
+        for delta in deltas:
+            rest = delta - left[0] @ left[0].T @ delta
+            U, values, Vh = np.linalg.svd(rest, full_matrices=False)
+            largest = np.linalg.norm(delta, 2)
+            there = [i for i in range(own) if values[i] > CUT * largest]
+            left.append(U[:, there])
+            strengths.append(values[there])
+            right.append(Vh[there].T)
+        strengths = np.concatenate(strengths)
+        U, V = (polar(np.concatenate(each, axis=1)) for each in (left, right))
+        return scale * sum(strengths) / max(1, len(strengths)) * U @ V.T
+
+    return shared(updates, merge_one)

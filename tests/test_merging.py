@@ -58,6 +58,9 @@ CASES = [
     ("core_space", {"inner": "ties", "scale": 0.7, "density": 0.6, "trim": "global"}),
     ("tsv", {"scale": 0.7}),
     ("iso_c", {"scale": 0.7}),
+    ("iso_cts", {"scale": 0.7}),
+    ("iso_cts", {"scale": 1.0, "common": 0.3}),
+    ("iso_cts", {"scale": 1.0, "common": 0.0}),
 ]
 WEIGHED = [name for name, method in METHODS.items() if "weights" in method.knobs]
 MEANS = ["average", "fisher", "regmean"]
@@ -1003,6 +1006,38 @@ def test_the_authors_tsv_of_identical_updates_is_larger_and_arbitrary():
     torch.testing.assert_close(ours["w"][0], torch.from_numpy(one))
 
 
+AUTHORS_ISO_CTS = {
+    0.8: [
+        [5.067131, -2.278680, 1.652964, -1.850779, 1.976859],
+        [2.774260, 1.654605, -1.458464, 5.245383, 0.926526],
+        [-1.269433, 0.210564, 5.864142, 2.131489, 0.588758],
+        [1.283430, 5.740606, 0.873053, -2.321710, 0.423703],
+    ],
+    0.5: [
+        [5.558448, -0.496726, 0.946009, -3.342834, 2.352210],
+        [3.625326, 1.299023, -1.358395, 5.655532, 0.291058],
+        [-0.315001, -0.367417, 6.683319, 1.859581, 0.621630],
+        [-0.541535, 6.787787, 0.576262, -1.119374, 0.890538],
+    ],
+}
+"""{common: what `iso_cts` of iso-merging (github.com/danielm1405, src/utils/iso.py at d34010a)
+gives of the two updates below, in float64}"""
+
+
+@pytest.mark.parametrize("common, theirs", AUTHORS_ISO_CTS.items())
+def test_iso_cts_is_the_authors_where_the_sum_has_full_rank(common, theirs):
+    first = [[4, 1, 0, -2, 1], [1, 3, -1, 0, 2], [0, 2, 5, 1, -1], [2, 0, 1, 3, 0]]
+    second = [[1, -3, 2, 0, 1], [2, 1, 0, 4, -1], [-1, 0, 3, 1, 2], [0, 5, 1, -2, 1]]
+    updates = torch.tensor([first, second]).float()
+    ours = merge("iso_cts", {"w": updates}, common=common)["w"]
+    torch.testing.assert_close(ours[0], torch.tensor(theirs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_iso_cts_with_common_directions_alone_is_iso_c(make):
+    assert_near(merge("iso_cts", make(), common=1.0), merge("iso_c", make()))
+
+
 def test_merges_of_low_rank_are_kept_as_factors():
     updates = factored(shapes=LARGE)
     for name, knobs in CASES:
@@ -1115,6 +1150,7 @@ NO_NUMBER = [math.nan, math.inf, -math.inf, "1", None, False, [0.2]]
     [
         ("ties", "density", [0, -0.1, 1.0001, *NO_NUMBER]),
         ("task_arithmetic", "scale", NO_NUMBER),
+        ("iso_cts", "common", [-0.1, 1.1, *NO_NUMBER]),
         ("dare_linear", "drop_rate", [1, 1.5, -0.1, *NO_NUMBER]),
         ("dare_ties", "drop_rate", [1.0]),
         ("dare_ties", "seed", [0.5, True, "0", None]),

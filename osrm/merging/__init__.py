@@ -18,6 +18,7 @@ from osrm.merging.dare import dare_linear, dare_ties
 from osrm.merging.emr import emr
 from osrm.merging.fisher import fisher
 from osrm.merging.iso_c import iso_c
+from osrm.merging.iso_cts import iso_cts
 from osrm.merging.knots_ties import knots_ties
 from osrm.merging.regmean import regmean
 from osrm.merging.task_arithmetic import task_arithmetic
@@ -75,9 +76,11 @@ METHODS = {
     "core_space": Method(core_space, "https://arxiv.org/abs/2509.17786"),
     "tsv": Method(tsv, "https://arxiv.org/abs/2412.00081"),
     "iso_c": Method(iso_c, "https://arxiv.org/abs/2502.04959"),
+    "iso_cts": Method(iso_cts, "https://arxiv.org/abs/2502.04959"),
 }
 
 NUMBERS = {
+    "common": number(0, 1),
     "density": number(0, 1, low_open=True),
     "drop_rate": number(0, 1, high_open=True),
     "off_diagonal": number(0, 1),
