@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).parent.parent
 LAYERS, RANK = {"llama": 32, "roberta": 24}, {"llama": 16, "roberta": 8}
 CASES = {
-    "llama": {"ours": ("task_arithmetic", "ties", "emr")},
+    "llama": {"ours": ("task_arithmetic", "ties", "emr", "iso_cts")},
     "roberta": {
-        "ours": ("task_arithmetic", "ties", "emr", "tsv"),
+        "ours": ("task_arithmetic", "ties", "emr", "tsv", "iso_cts"),
         "peft": ("cat", "linear", "svd", "ties", "ties_svd"),
         "mergekit": ("task_arithmetic", "ties"),
     },

@@ -71,8 +71,10 @@ run(MergeConfig(**merging))
 
 @pytest.mark.parametrize(
     ("absent", "no_eval"),
-    [(["datasets", "evaluate"], False), (["datasets", "evaluate", "pyarrow"], True)],
-    ids=["datasets", "pyarrow"],
+    [
+        pytest.param(["datasets", "evaluate"], False, id="datasets", marks=pytest.mark.sweep),
+        pytest.param(["datasets", "evaluate", "pyarrow"], True, id="pyarrow"),
+    ],
 )
 def test_a_run_on_jsonl_needs_no_datasets(tiny, tiny_data, tmp_path, absent, no_eval):
     """The same bytes as with everything there. The predictions of a score are a parquet file."""

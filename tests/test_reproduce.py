@@ -249,6 +249,7 @@ def test_of_one_seed_the_best_rate_is_taken():
     assert found["gaussian"]["lr"] == "2e-3" and found["gaussian"]["standard_error"] == 0
 
 
+@pytest.mark.sweep
 def test_another_rate_is_a_multiple_of_the_chosen_one(tree):
     node = ".save_dir/reproduce/llama3_8b/gaussian+lr2x/42/load_model_path.json"
     done = workflow("--cores", "1", "--printshellcmds", node, cwd=tree, HF_HUB_OFFLINE="1")

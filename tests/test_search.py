@@ -110,7 +110,7 @@ def test_the_choice_is_that_of_merging_with_every_scale_and_scoring_by_hand(
     }
     for scale in sorted({scale for grid in grids.values() for scale in grid}):
         out, methods = tmp_path / f"{scale}", [name for name in SCALED if scale in grids[name]]
-        merged(made, out, methods=methods, scale=scale)
+        merged(made, out, methods=methods, scale=scale, no_eval=True)
         for method in methods:
             for task in NAMES:
                 model = load_merged(out / method, task)
@@ -128,7 +128,7 @@ def test_the_choice_is_that_of_merging_with_every_scale_and_scoring_by_hand(
 
 
 def test_what_is_saved_and_reported_has_the_chosen_scale(made, tmp_path):
-    methods = ["average", *SCALED]
+    methods = ["average", "ties", "emr"]
     results = merged(made, tmp_path / "out", search=[0.3, 0.05, 0.7], methods=methods)
     rows = {row["name"]: row for row in results["rows"]}
     assert {each["held_out_examples"] for each in results["evaluation"].values()} == {HELD_OUT}
