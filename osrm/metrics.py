@@ -6,9 +6,7 @@ A constant prediction or truth has no correlation; it counts as 0.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 from scipy.stats import ConstantInputWarning, pearsonr, rankdata
@@ -69,21 +67,3 @@ def scores(names: Iterable[str], predicted: Array, true: Array) -> dict[str, Arr
     if len(values) > 1:
         values["combined_score"] = np.mean([*values.values()], axis=0)
     return values
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What the scores of a table are, and how they are shown."""
-
-    name: str
-    best: Callable[..., Any]
-    """`max` or `min`: of several scores the best."""
-    factor: int
-    """Scores are shown times this."""
-    form: str
-    """The format of a score."""
-    unit: str
-
-
-SCORE = Measure("score", max, 100, ".1f", "× 100")
-LOSS = Measure("loss", min, 1, ".3f", "nats per token")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from statistics import mean
@@ -11,11 +12,28 @@ from osrm.backbones import CLASSIFIER, Kind
 from osrm.checks import Check, flag, one_of, optional, problems, read_object, text, whole
 from osrm.errors import UserError
 from osrm.merging import check_knobs
-from osrm.metrics import LOSS, SCORE, Measure
 
 RECIPE, RESULTS = "recipe.json", "results.json"
 STEP = 1.5
 """The factor from the best λ at the edge of a grid to the next one."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What the scores of a table are, and how they are shown."""
+
+    name: str
+    best: Callable[..., Any]
+    """`max` or `min`: of several scores the best."""
+    factor: int
+    """Scores are shown times this."""
+    form: str
+    """The format of a score."""
+    unit: str
+
+
+SCORE = Measure("score", max, 100, ".1f", "× 100")
+LOSS = Measure("loss", min, 1, ".3f", "nats per token")
 
 
 @dataclass(frozen=True)

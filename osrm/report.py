@@ -27,8 +27,7 @@ from osrm.errors import UserError, run_script
 from osrm.files import write_text, written
 from osrm.glue import TASKS
 from osrm.interference import Diagnosis, off_diagonal
-from osrm.metrics import LOSS, Measure
-from osrm.records import Results, Row, Search
+from osrm.records import LOSS, Measure, Results, Row, Search
 
 STYLE: Any = dict.fromkeys(["axes.spines.top", "axes.spines.right"], False)
 STYLE["figure.constrained_layout.use"] = True

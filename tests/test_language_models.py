@@ -175,35 +175,32 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_merge_is_the_sum_of_what_peft_merges(family, adapters, tmp_path):
-    base, paths = adapters
-    out = merge_them(
-        paths,
-        tmp_path,
-        methods=["task_arithmetic"],
-        scale=1.0,
-        no_eval=True,
-        export=["adapter", "model"],
-    )
+SUM = {"methods": ["task_arithmetic"], "scale": 1.0, "no_eval": True}
+"""Options of a merge that adds the updates up."""
+BOTH = ["adapter", "model"]
+
+
+def assert_sum_of_what_peft_merges(family: str, base: str, paths: dict[str, str], folder: Path):
+    """Of the exports, and of what load_merged returns; the directory of the merge."""
+    out = merge_them(paths, folder, export=BOTH, **SUM) / "task_arithmetic"
     for task in paths:
         expected = logits(family, summed(family, base, paths, task))
-        models = load_both(family, base, out / "task_arithmetic", task)
-        for model in (*models, load_merged(out / "task_arithmetic", task)):
+        for model in (*load_both(family, base, out, task), load_merged(out, task)):
             assert_close(logits(family, model), expected)
+    return out
+
+
+def test_a_merge_is_the_sum_of_what_peft_merges(family, adapters, tmp_path):
+    assert_sum_of_what_peft_merges(family, *adapters, tmp_path)
 
 
 def test_one_adapter_of_weight_1_is_itself(family, adapters, tmp_path):
     base, paths = adapters
-    out = merge_them(
-        {"second": paths["second"]},
-        tmp_path,
-        methods=["average", "tsv", "task_arithmetic"],
-        scale=1.0,
-        no_eval=True,
-        export=["adapter", "model"],
-    )
+    methods = ["average", "tsv", "task_arithmetic"]
+    options = {**SUM, "methods": methods, "export": BOTH}
+    out = merge_them({"second": paths["second"]}, tmp_path, **options)
     expected = logits(family, unloaded(family, base, paths["second"]))
-    for method in ("average", "tsv", "task_arithmetic"):
+    for method in methods:
         for model in load_both(family, base, out / method, "second"):
             assert_close(logits(family, model), expected)
 
@@ -216,7 +213,7 @@ def test_one_adapter_of_weight_1_is_itself(family, adapters, tmp_path):
 def test_all_methods_are_exported(family, adapters, tmp_path):
     base, paths = adapters
     with pytest.raises(UserError, match=r"--export adapter: .*ties"):  # after all else is there
-        merge_them(paths, tmp_path, no_eval=True, export=["adapter", "model"])
+        merge_them(paths, tmp_path, no_eval=True, export=BOTH)
     for out in sorted(path for path in (tmp_path / "out").iterdir() if path.is_dir()):
         dense = auto(family).from_pretrained(out / "models/first")
         expected = logits(family, load_merged(out, "first"))
@@ -236,15 +233,7 @@ def test_whole_models_are_merged_as_what_they_are(family, adapters, tmp_path):
     for task, path in paths.items():
         dense[task] = str(tmp_path / f"dense-{task}")
         unloaded(family, base, path).save_pretrained(dense[task])
-    out = merge_them(
-        dense,
-        tmp_path,
-        methods=["task_arithmetic"],
-        scale=1.0,
-        no_eval=True,
-        backbone=base,
-        export=["model"],
-    )
+    out = merge_them(dense, tmp_path, backbone=base, export=["model"], **SUM)
     loaded = auto(family).from_pretrained(out / "task_arithmetic/models/first")
     expected = logits(family, summed(family, base, paths, "first"))
     assert_close(logits(family, loaded), expected)
@@ -253,27 +242,14 @@ def test_whole_models_are_merged_as_what_they_are(family, adapters, tmp_path):
 def test_a_saved_module_inside_the_body_keeps_its_name(tmp_path):
     base = make_base("llama", tmp_path / "base")
     paths = {
-        task: make_adapter(
-            "llama", base, tmp_path / task, seed, modules_to_save=["embed_tokens"], **options
-        )
-        for seed, (task, options) in enumerate({"first": {}, "second": {}}.items())
+        task: make_adapter("llama", base, tmp_path / task, seed, modules_to_save=["embed_tokens"])
+        for seed, task in enumerate(("first", "second"))
     }
-    out = merge_them(
-        paths,
-        tmp_path,
-        methods=["task_arithmetic"],
-        scale=1.0,
-        no_eval=True,
-        export=["adapter", "model"],
-    )
+    out = assert_sum_of_what_peft_merges("llama", base, paths, tmp_path)
     for task in paths:
-        file = out / "task_arithmetic/adapters" / task / "adapter_config.json"
-        config = json.loads(file.read_text())
+        config = json.loads((out / "adapters" / task / "adapter_config.json").read_text())
         assert config["modules_to_save"] == ["embed_tokens"]
         assert config["task_type"] == "CAUSAL_LM"
-        expected = logits("llama", summed("llama", base, paths, task))
-        for model in load_both("llama", base, out / "task_arithmetic", task):
-            assert_close(logits("llama", model), expected)
 
 
 def test_two_names_of_one_base_need_backbone_to_say_so(tmp_path):
@@ -305,13 +281,12 @@ def test_new_classes_of_a_head(tmp_path):
                 parameter.data.normal_(std=0.1)
         paths[task] = str(tmp_path / task)
         models[task].save_pretrained(paths[task])
-    options = {"methods": ["task_arithmetic"], "scale": 1.0, "no_eval": True}
-    one = merge_them({"cats": paths["cats"]}, tmp_path, "one", export=["model"], **options)
+    one = merge_them({"cats": paths["cats"]}, tmp_path, "one", export=["model"], **SUM)
     expected = logits(family, models["cats"])
     assert expected.shape[1] == 3
     loaded = auto(family).from_pretrained(one / "task_arithmetic/models/cats")
     assert_close(logits(family, loaded), expected)
-    both = merge_them(paths, tmp_path, "both", export=["model"], **options)
+    both = merge_them(paths, tmp_path, "both", export=["model"], **SUM)
     heads = [load_merged(both / "task_arithmetic", task).classifier.weight for task in paths]
     assert not torch.equal(*heads)
 
@@ -359,15 +334,7 @@ def head_adapters(tmp_path) -> tuple[str, dict[str, str]]:
 
 
 def test_lora_on_the_layer_that_writes_tokens(head_adapters, tmp_path):
-    base, paths = head_adapters
-    options = {"methods": ["task_arithmetic"], "scale": 1.0, "no_eval": True}
-    out = merge_them(paths, tmp_path, export=["adapter", "model"], **options)
-    expected = logits("llama", summed("llama", base, paths, "first"))
-    for model in (
-        *load_both("llama", base, out / "task_arithmetic", "first"),
-        load_merged(out / "task_arithmetic", "first"),
-    ):
-        assert_close(logits("llama", model), expected)
+    assert_sum_of_what_peft_merges("llama", *head_adapters, tmp_path)
 
 
 def test_another_layer_than_the_base_has_is_refused(head_adapters, tmp_path):

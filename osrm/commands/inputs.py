@@ -83,10 +83,10 @@ def read_inputs(config: MergeConfig, recipe: Recipe | None = None) -> Inputs:
     if backbone is None and "model" in config.export:
         raise UserError(f"{where}: --export model needs the base model; add --backbone")
     for task, run in checkpoints.items():
-        if run.base_tensors and backbone is None:
-            raise UserError(f"{run.path}: it holds tensors of its base model; name it: --backbone")
         if run.base_tensors:
-            check_base_tensors(run, find_backbone(backbone or ""), labels[task])
+            if backbone is None:
+                raise UserError(f"{run.path}: it holds tensors of its base; name it: --backbone")
+            check_base_tensors(run, find_backbone(backbone), labels[task])
     vectors = TaskVectors.stack({task: run.updates for task, run in checkpoints.items()})
     return Inputs(checkpoints, vectors, labels, backbone)
 

@@ -61,7 +61,7 @@ class Method:
 
 SHARES = Check(
     "numbers of at least 0, not all of them 0, one for each task",
-    lambda value: value in (None, []) or (WEIGHTS.holds(value) and min(value) >= 0 < max(value)),
+    lambda value: WEIGHTS.holds(value) and (not value or min(value) >= 0 < max(value)),
 )
 METHODS = {
     "average": Method(average, "https://arxiv.org/abs/2203.05482"),
