@@ -43,12 +43,12 @@ def available_tasks(data_dir: str | None) -> list[str]:
 
 
 def load_task(task: GlueTask, data_dir: str | None, validation_only: bool = False) -> Splits:
-    """{"train", "validation"[, "validation_mm"]} of a task, without "train" if `validation_only`.
+    """{"train"[, "selection"], "validation"[, "validation_mm"]}; the last if `validation_only`.
 
     `data_dir` is a folder (see --data-dir), "mini-glue" for the embedded data, None for the hub.
     Raises UserError for missing data or columns, labels out of range, texts that are no text.
     """
-    splits = {} if validation_only else {"train": "train"}
+    splits = {} if validation_only else {"train": "train", "selection": "selection"}
     splits |= {f"validation{end}": split for end, split in task.validation_splits.items()}
     if data_dir is None:
         source = f"{HUB_DATA} {task.name}"
@@ -69,7 +69,7 @@ def load_task(task: GlueTask, data_dir: str | None, validation_only: bool = Fals
     for name, split in splits.items():
         if split in stored:
             loaded[name] = _checked(task, stored[split], f"{source} {split}")
-        elif name != "validation_mm":
+        elif name not in {"selection", "validation_mm"}:
             files = f"{split}.parquet, .jsonl, .csv or .tsv"
             raise UserError(f"{source}: no split '{split}'; add {files}")
     if "train" in loaded and len(loaded["train"]) < 2:
@@ -172,7 +172,7 @@ def split_task(
     max_validation: int = -1,
     select_on: str = "held-out",
 ) -> TaskData:
-    """Shuffle, hold out 10 % of the training data for selection, and truncate (< 0: do not).
+    """Shuffle, and truncate (< 0: do not). What selects is "selection", or 10 % of "train".
 
     The held-out examples depend on the seed alone: no run with that seed trains on them.
     """
@@ -180,16 +180,19 @@ def split_task(
     train = _shuffled(loaded["train"], seed)
     if select_on == "validation":
         return TaskData(_first(train, max_train), validation[""], validation)
-    held_out = max(1, len(train) // 10)
-    selection = _first(_first(train, held_out), max_selection)
-    return TaskData(_first(train.iloc[held_out:], max_train), selection, validation)
+    if "selection" in loaded:
+        selection = _shuffled(loaded["selection"], seed)
+    else:
+        held_out = max(1, len(train) // 10)
+        selection, train = train.iloc[:held_out], train.iloc[held_out:]
+    return TaskData(_first(train, max_train), _first(selection, max_selection), validation)
 
 
 def validation_splits(loaded: Splits, most: int, seed: int) -> Splits:
     """{suffix: reported examples}: all, or `most` of them drawn with the seed."""
     splits = {}
     for name, split in loaded.items():
-        if name != "train":
+        if name.startswith("validation"):
             drawn = _shuffled(split, seed) if 0 <= most < len(split) else split
             splits[name.removeprefix("validation")] = _first(drawn, most)
     return splits

