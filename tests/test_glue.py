@@ -360,6 +360,19 @@ def test_selection_on_validation_is_the_release():
     assert len(whole.train) == 100, "nothing is held out"
 
 
+def test_a_split_that_selects_is_used_as_it_is():
+    loaded = {
+        **numbered(),
+        "selection": numbered(30)["train"].replace("train", "selection", regex=True),
+    }
+    data = split_task(loaded, 1, max_selection=20)
+    assert {*data.train["sentence"]} == {*loaded["train"]["sentence"]}
+    assert {*data.selection["sentence"]} < {*loaded["selection"]["sentence"]}
+    assert len(data.selection) == 20 and set(data.selection["label"]) == {0, 1}
+    assert not data.selection.equals(split_task(loaded, 2, max_selection=20).selection)
+    assert [*data.validation] == [""] and len(data.validation[""]) == 30
+
+
 def test_two_examples_can_be_split():
     data = split_task(numbered(2), seed=0)
     assert len(data.train) == len(data.selection) == 1
