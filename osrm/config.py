@@ -97,8 +97,9 @@ class TrainConfig:
     max_test_samples: int = flag(-1, "reported validation examples; < 0: all", COUNT)
     select_on: str = flag(
         "held-out",
-        "what selects the best epoch: the data's split 'selection' (without it 10 %% of the training"
-        " data, which no step sees), or, as in the release, the validation split that is reported",
+        "what selects the best epoch: the data's split 'selection' (without it 10 %% of the"
+        " training data, which no step sees), or (as in the release) the validation split that is"
+        " reported",
         ("held-out", "validation"),
     )
     not_load_best_model_at_end: bool = flag(False, "keep the last epoch instead of the best")
@@ -110,9 +111,9 @@ class TrainConfig:
     )
     data_dir: str | None = flag(
         None,
-        "DIR with <task>/{train,validation}.{parquet,jsonl,csv,tsv}, perhaps selection.*, or mini-glue"
-        " (embedded; the default of the embedded models); without it GLUE from the hub or its local"
-        " cache",
+        "DIR with <task>/{train,validation}.{parquet,jsonl,csv,tsv}, perhaps selection too, or"
+        " mini-glue (embedded; the default of the embedded models); without it GLUE from the hub or"
+        " its local cache",
         metavar="DIR",
     )
     output_dir: str = flag(".save_dir", "folder for the run directories")
