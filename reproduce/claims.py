@@ -17,11 +17,13 @@ PAPER = {
 """OSRM minus LoRA in the paper, as third-party notes have it: average of eight tasks × 100."""
 CLAIMS = {
     ("analytical", "gaussian"): "OSRM's start beats LoRA's",
+    ("analytical", "kaiming"): "OSRM's start beats PEFT's default, kaiming",
     ("gaussian-norm1", "gaussian"): "the norm helps: LoRA at norm 1 beats LoRA",
     ("analytical", "gaussian-norm1"): "the directions help: OSRM beats LoRA at norm 1",
     ("analytical", "orthogonal"): "the directions help: OSRM beats random frames",
     ("analytical", "release"): "the closed form helps: OSRM beats the release's code",
     ("contrastive", "gaussian"): "the contrastive start (ours) beats LoRA's",
+    ("contrastive", "kaiming"): "the contrastive start (ours) beats PEFT's default, kaiming",
     ("contrastive", "gaussian-norm1"): "the contrastive start (ours) beats LoRA at norm 1",
     ("contrastive", "orthogonal"): "the contrastive start (ours) beats random frames",
     ("contrastive", "analytical"): "the contrastive start (ours) beats OSRM's",

@@ -21,6 +21,7 @@ Array = np.ndarray
 
 TITLES = {
     "gaussian": "LoRA",
+    "kaiming": "LoRA, kaiming",
     "gaussian-norm1": "LoRA, norm 1",
     "orthogonal": "random frame",
     "analytical": "OSRM",

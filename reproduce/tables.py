@@ -19,11 +19,13 @@ METHODS = ("task_arithmetic", "ties", "emr")
 """The methods that merge every run."""
 PAIRS = [
     ("analytical", "gaussian"),
+    ("analytical", "kaiming"),
     ("gaussian-norm1", "gaussian"),
     ("analytical", "gaussian-norm1"),
     ("analytical", "orthogonal"),
     ("analytical", "release"),
     ("contrastive", "gaussian"),
+    ("contrastive", "kaiming"),
     ("contrastive", "gaussian-norm1"),
     ("contrastive", "orthogonal"),
     ("contrastive", "analytical"),
