@@ -36,8 +36,9 @@ MISSING = ["–", "–", "not run yet"]
 def claim_table(study: Study) -> Table:
     """A line per claim: the paper's number, ours, the verdict, and what it rests on."""
     lines = [HEAD]
-    for pair in PAIRS:
-        for row in (*PAPER, *(["individual"] if "contrastive" in pair else [])):
+    asked = study.settings.get("starts", study.starts)
+    for pair in (pair for pair in PAIRS if {*pair} <= {*asked}):
+        for row in (*PAPER, *(["tsv", "individual"] if "contrastive" in pair else [])):
             known = PAPER[row] if pair == PAIRS[0] else "–"
             lines.append([f"{CLAIMS[pair]}, {row}", known, *compared(study, *pair, row)])
     areas = {row: found for row in METHODS[:2] if (found := area_difference(study, row))}

@@ -163,7 +163,7 @@ def illustrated(study: Study) -> list[Section]:
             "‖ΔW Xᵀ‖ / ‖W0 Xᵀ‖ × 100 of each adapter on each task's data. Only the diagonal is"
             " wanted. Energy: that of the features along A before training; random directions have"
             " 1. Overlap: median principal cosine of two tasks' trained A. Drift: ‖change of A‖ /"
-            " ‖start‖. Merges: task arithmetic, TIES and EMR together.",
+            " ‖start‖. Merges: these methods together.",
             (tables.run_table(study, study.starts),),
         ),
         figure(

@@ -15,8 +15,8 @@ from study import REFERENCES, TITLES, Array, Study, area, score, shared, spread
 from osrm.glue import TASKS
 
 Table = list[list[str]]
-METHODS = ("task_arithmetic", "ties", "emr")
-"""The methods that merge every run."""
+METHODS = ("task_arithmetic", "ties", "tsv", "emr")
+"""The methods that the tables of all runs show."""
 PAIRS = [
     ("analytical", "gaussian"),
     ("analytical", "kaiming"),
@@ -227,7 +227,7 @@ def contrasts(question: str) -> list[tuple[str, str]]:
 
 def contrast_table(study: Study, question: str) -> Table:
     """The paired differences of one question."""
-    lines = [["", "seeds", "single task", "task arithmetic", "TIES", "EMR"]]
+    lines = [["", "seeds", "single task", "task arithmetic", "TIES", "TSV", "EMR"]]
     for run, other in contrasts(question):
         found = study.differences(run, other)
         cells = [str(found.get(row, "–")) for row in ("individual", *METHODS)]
@@ -286,7 +286,7 @@ def curves(study: Study, run: str, method: str) -> dict[int, tuple[list[float], 
 
 def run_table(study: Study, runs: Sequence[str]) -> Table:
     """A line per run: scores, energies along A before training, drift, shifts, times."""
-    head = ["", "seeds", "single task", "task arithmetic", "TIES", "EMR"]
+    head = ["", "seeds", "single task", "task arithmetic", "TIES", "TSV", "EMR"]
     head += ["A: own energy", "A: others'", "overlap", "drift of A", "shift, own", "shift, others"]
     head += ["merges, s"]
     lines = [[*head, "training, s"]]
