@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 import sys
 from collections import Counter
@@ -27,6 +28,11 @@ class Check:
 
 text = Check("text", lambda value: isinstance(value, str))
 nonempty = Check("text that is not empty", lambda value: isinstance(value, str) and value != "")
+task_name = Check(
+    # A character has up to 4 bytes, the name of a file up to 255.
+    "a name of up to 60 letters, digits, '_', '-', '.'",
+    lambda value: isinstance(value, str) and bool(re.fullmatch(r"\w[\w.-]{,59}", value)),
+)
 flag = Check("true or false", lambda value: isinstance(value, bool))
 
 
@@ -71,6 +77,12 @@ def list_of(check: Check) -> Check:
     """A list of what `check` wants."""
     words = f"a list, each {check.words}"
     return Check(words, lambda value: isinstance(value, list) and all(map(check.holds, value)))
+
+
+def set_of(check: Check, count: str, allowed: Callable[[int], bool]) -> Check:
+    """A list of different values, each what `check` wants, of an `allowed` length."""
+    words, each = f"a list of {count}, all different, each {check.words}", list_of(check)
+    return Check(words, lambda v: each.holds(v) and allowed(len(v)) and len({*v}) == len(v))
 
 
 def problems(values: Mapping[str, Any], checks: Mapping[str, Check]) -> list[str]:

@@ -8,7 +8,7 @@ from osrm.config import MergeConfig, TrainConfig
 from osrm.errors import run_script
 from osrm.flags import parse
 
-TRAIN = """Train one LoRA adapter a GLUE task, from a start of your choice, ready to be merged.
+TRAIN = """Train one LoRA adapter a task, from a start of your choice, ready to be merged.
 
 python train_glue.py --backbone minilm --tasks mrpc stsb --init contrastive --epochs 3 --lr 2e-3
 """

@@ -26,7 +26,9 @@ class TrainConfig:
         " and smollm2, or a path or hub id of a RoBERTa, BERT, MPNet, DistilBERT, T5 or"
         " Llama-family model",
     )
-    tasks: list[str] = flag([], "the tasks to train, one after the other (default: all eight)")
+    tasks: list[str] = flag(
+        [], "the tasks to train, one after the other (default: all of the data)"
+    )
     other_tasks: list[str] = flag(
         [], "the tasks whose features A avoids (default: all in the data and the feature bank)"
     )
@@ -111,9 +113,9 @@ class TrainConfig:
     )
     data_dir: str | None = flag(
         None,
-        "DIR with <task>/{train,validation}.{parquet,jsonl,csv,tsv}, perhaps selection too, or"
-        " mini-glue (embedded; the default of the embedded models); without it GLUE from the hub or"
-        " its local cache",
+        "DIR with <task>/{train,validation}.{parquet,jsonl,csv,tsv}, perhaps selection too, and"
+        " tasks.json if its tasks are not GLUE's; or mini-glue (embedded; the default of the"
+        " embedded models); without it GLUE from the hub or its local cache",
         metavar="DIR",
     )
     output_dir: str = flag(".save_dir", "folder for the run directories")
@@ -221,5 +223,5 @@ class MergeConfig:
 
     @property
     def glue(self) -> bool:
-        """Whether GLUE's tasks are scored."""
+        """Whether the tasks are scored on labelled data, by GLUE's metrics."""
         return not (self.no_eval or self.eval_text)

@@ -23,7 +23,7 @@ from transformers import DataCollatorWithPadding
 from osrm import embedded, processes
 from osrm.config import MINI_GLUE
 from osrm.errors import UserError, first_line
-from osrm.glue import TASKS, GlueTask
+from osrm.glue import TASKS, GlueTask, read_tasks
 
 HUB_DATA = "nyu-mll/glue"
 Splits = Mapping[str, pd.DataFrame]  # {name: examples, with a column for each text and the label}
@@ -35,11 +35,32 @@ READERS = {"parquet": pd.read_parquet, "jsonl": _read_jsonl, "csv": _read_csv}
 READERS["tsv"] = partial(_read_csv, sep="\t")
 
 
+def known_tasks(data_dir: str | None) -> dict[str, GlueTask]:
+    """GLUE's tasks, in the release's order, and those of the data's tasks.json."""
+    file = Path(data_dir or "", "tasks.json")
+    if data_dir is None or data_dir == MINI_GLUE or not file.exists():
+        return TASKS
+    return TASKS | read_tasks(file)
+
+
 def available_tasks(data_dir: str | None) -> list[str]:
-    """The tasks that the data has, in GLUE's order of the release."""
+    """The tasks that the data has: GLUE's with a folder, and all of its tasks.json."""
+    known = known_tasks(data_dir)
     if data_dir is None or data_dir == MINI_GLUE:
-        return [*TASKS]
-    return [name for name in TASKS if (Path(data_dir) / name).is_dir()]
+        return [*known]
+    return [name for name in known if name not in TASKS or (Path(data_dir) / name).is_dir()]
+
+
+def find_tasks(names: Iterable[str], field: str, data_dir: str | None) -> list[GlueTask]:
+    """The tasks of these names, each once; `field` names the origin of the names in errors."""
+    names, known = list(dict.fromkeys(names)), known_tasks(data_dir)
+    if unknown := [name for name in names if name not in known]:
+        file = Path(data_dir or "DIR", "tasks.json")
+        raise UserError(
+            f"{field}: unknown task {', '.join(unknown)}; the tasks are {[*known]}, and"
+            f" --data-dir may add others: {file}"
+        )
+    return [known[name] for name in names]
 
 
 def load_task(task: GlueTask, data_dir: str | None, validation_only: bool = False) -> Splits:
@@ -133,7 +154,8 @@ def _checked(task: GlueTask, frame: pd.DataFrame, where: str) -> pd.DataFrame:
     if task.labels:
         checks["label"] = dict(enumerate(task.labels)), np.isin(labels, range(len(task.labels)))
     else:
-        checks["label"] = "0 to 5", (labels >= 0) & (labels <= 5)
+        low, high = task.values
+        checks["label"] = f"{low:.3g} to {high:.3g}", (labels >= low) & (labels <= high)
     for name, (expected, holds) in checks.items():
         if not all(holds):
             row = list(holds).index(False)

@@ -1,24 +1,29 @@
-"""The table of the eight GLUE tasks."""
+"""The table of the eight GLUE tasks, and the tasks of a tasks.json."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from osrm import metrics
+from osrm.checks import Check, nonempty, one_of, problems, read_object, set_of, task_name
 from osrm.errors import UserError
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class GlueTask:
-    """One task; `labels` is empty for a regression."""
+    """One task; `labels` is empty for a regression, whose labels lie in the range `values`."""
 
     name: str
     fields: tuple[str, ...]
     labels: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
+    values: tuple[float, float] = field(default=(-LARGEST, LARGEST), compare=False)
 
     @property
     def num_labels(self) -> int:
@@ -44,6 +49,7 @@ class GlueTask:
 
 
 _F1 = ("accuracy", "f1")
+_CORRELATIONS = ("pearson", "spearmanr")
 _PAIR = ("sentence1", "sentence2")
 _NLI = ("entailment", "not_entailment")
 _MNLI = ("entailment", "neutral", "contradiction")
@@ -57,17 +63,53 @@ TASKS = {
         GlueTask("sst2", ("sentence",), ("negative", "positive")),
         GlueTask("mnli", ("premise", "hypothesis"), _MNLI),
         GlueTask("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",)),
-        GlueTask("stsb", _PAIR, (), ("pearson", "spearmanr")),
+        GlueTask("stsb", _PAIR, (), _CORRELATIONS, values=(0, 5)),
     )
 }
 
 
-def find_tasks(names: Iterable[str], field: str) -> list[GlueTask]:
-    """The tasks of these names, each once; `field` names the origin of the names in errors."""
-    names = list(dict.fromkeys(names))
-    if unknown := [name for name in names if name not in TASKS]:
-        raise UserError(f"{field}: unknown task {', '.join(unknown)}; the tasks are {[*TASKS]}")
-    return [TASKS[name] for name in names]
+_COLUMN = Check(
+    "the name of a column other than 'label'", lambda x: nonempty.holds(x) and x != "label"
+)
+_ENTRY = {
+    "the name": task_name,
+    "fields": set_of(_COLUMN, "one or two", lambda count: 0 < count < 3),
+    "labels": set_of(nonempty, "none (a regression) or several", lambda count: count != 1),
+}
+_METRICS = {0: _CORRELATIONS, 2: ("accuracy", "f1", "matthews_correlation")}  # by classes
+
+
+def read_tasks(path: Path) -> dict[str, GlueTask]:
+    """The tasks of a tasks.json, {name: {"fields": [...], "labels": [...], "metrics": [...]}}.
+
+    Raises UserError that names every task that is wrong, and its field.
+    """
+    tasks, wrong = {}, []
+    for name, entry in read_object(path, "--data-dir", "{task: definition}").items():
+        try:
+            tasks[name] = _task(name, entry)
+        except UserError as error:
+            wrong.append(f"'{name}': {error}")
+    if wrong:
+        raise UserError(f"--data-dir {path}: {'; '.join(wrong)}; correct the file")
+    return tasks
+
+
+def _task(name: str, entry: Any) -> GlueTask:
+    if not isinstance(entry, dict) or {*entry, "metrics"} != {"fields", "labels", "metrics"}:
+        raise UserError("expected an object of fields, labels and perhaps metrics")
+    if wrong := problems({"the name": name, **entry}, _ENTRY):
+        raise UserError("; ".join(wrong))
+    classes = len(entry["labels"])
+    fitting = _METRICS.get(classes, ("accuracy",))
+    values = {"metrics": ["accuracy"] if classes else [*fitting], **entry}
+    several = set_of(one_of(*fitting), "at least one", lambda count: count > 0)
+    if wrong := problems(values, {"metrics": several}):
+        raise UserError(f"{wrong[0]}, for {classes} labels")
+    task = GlueTask(name, *(tuple(values[key]) for key in ("fields", "labels", "metrics")))
+    if (known := TASKS.get(name, task)) != task:
+        raise UserError("GLUE has another task of this name; rename yours and its folder")
+    return known
 
 
 def task_metrics(task: GlueTask, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -182,6 +182,11 @@ class Results(Merge):
     """{task: data and settings of its scores}"""
     evaluation_peak_gib: float
 
+    def metric(self, task: str) -> str:
+        """Which of the task's metrics its scores are: the mean of several, else the first."""
+        metrics = [name.removeprefix("eval_") for name in self.rows[0].metrics[task]]
+        return "combined_score" if "combined_score" in metrics else metrics[0]
+
     @classmethod
     def read(cls, path: Path) -> Results:
         """What merge.py wrote; raises UserError if the file holds something else."""

@@ -25,7 +25,6 @@ from matplotlib.figure import Figure
 
 from osrm.errors import UserError, run_script
 from osrm.files import write_text, written
-from osrm.glue import TASKS
 from osrm.interference import Diagnosis, off_diagonal
 from osrm.records import LOSS, Measure, Results, Row, Search
 
@@ -71,7 +70,7 @@ def score_table(results: Sequence[Results]) -> str:
         tokens = ", ".join(f"{task} {lines[f'{task}_tokens'][0]:.0f}" for task in tasks)
         legend = f"Loss in {measure.unit}, lower is better. Tokens: {tokens}."
     else:
-        scored = ", ".join(f"{task} {TASKS[task].score}" for task in tasks).replace("_", " ")
+        scored = ", ".join(f"{task} {results[0].metric(task)}" for task in tasks).replace("_", " ")
         legend = f"Scores × 100: {scored}."
     normalised = f"Normalised: mean of each task's {measure.name} divided by its own adapter's."
     return f"{markdown(table, '.1f', titles=2)}\n\n{legend} {normalised}\n"
@@ -167,9 +166,9 @@ def plot_tasks(results: Results, path: Path) -> None:
     with new_plot(path):
         fields = table.plot.barh(**grid, **look)
         for axes, task in zip(fields.flat, tasks):
-            form, metric = ("%.2f", "loss") if measure is LOSS else ("%.0f", TASKS[task].score)
+            form = "%.2f" if measure is LOSS else "%.0f"
             axes.bar_label(axes.containers[0], fmt=form, fontsize=7)
-            axes.set_title(f"{task}, {metric}".replace("_", " "), fontsize=8)
+            axes.set_title(f"{task}, {results.metric(task)}".replace("_", " "), fontsize=8)
 
 
 def plot_search(search: Mapping[str, Search], measure: Measure, path: Path) -> None:

@@ -97,7 +97,7 @@ def model_card(args: dict[str, Any], metrics: dict[str, float]) -> str:
     return f"""---
 base_model: {args["base_model"]}
 library_name: peft
-tags: [lora, osrm, glue]
+tags: [lora, osrm]
 ---
 
 # {args["task"]}: LoRA on {args["backbone"]}, start of A: {args["init"]}

@@ -16,7 +16,7 @@ from osrm.backbones import Backbone, body_fingerprint, load_model
 from osrm.bank import FeatureFile, task_features
 from osrm.data import Encoded, TaskData, feature_batches, fingerprint, tokenize
 from osrm.evaluation import Predictions, predict_splits, scores
-from osrm.glue import TASKS, GlueTask
+from osrm.glue import GlueTask
 from osrm.lending import load_head
 from osrm.seeds import derive_seed
 
@@ -33,14 +33,11 @@ class Session:
     seed: int
     batch_size: int
     """Of scoring, and of the passes that collect statistics."""
+    tasks: Mapping[str, GlueTask]
     max_seq_len: Mapping[str, int]
     """{task: tokens an example}"""
     data: Mapping[str, TaskData]
     """{task: its examples as texts}"""
-
-    def task(self, name: str) -> GlueTask:
-        """The task of that name."""
-        return TASKS[name]
 
     def model(self, task: GlueTask, head: Mapping[str, Tensor] | None = None) -> Any:
         """The base model with this head, or with a new one that depends on the seed and task."""
@@ -108,7 +105,7 @@ class Session:
         The settings of `key` have "features" and "count_padding".
         """
         pad_to = key["max_seq_len"] if key["count_padding"] else None
-        encoded = self.encoded(self.task(key["task"]), examples)
+        encoded = self.encoded(self.tasks[key["task"]], examples)
         batches = feature_batches(encoded, self.tokenizer, self.rows(encoded), pad_to)
         file = task_features(key, model, modules, batches, path=path)
         file.device = self.device

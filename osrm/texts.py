@@ -41,10 +41,6 @@ class TextSession(Session):
     A prediction is the sum of a text's token losses, its truth the number of these tokens.
     """
 
-    def task(self, name: str) -> GlueTask:
-        """Only its name and metric matter."""
-        return GlueTask(name, ("prompt", "completion"), (), ("loss",))
-
     def model(self, task: GlueTask, head: Mapping[str, Tensor] | None = None) -> Any:
         """The base model, with the modules that the task's adapter saved whole."""
         model, new = LANGUAGE.load(self.backbone, (), self.dtype)
@@ -132,6 +128,7 @@ def open_texts(
         getattr(torch, config.eval_dtype),
         seed=0,
         batch_size=config.per_device_eval_bsz,
+        tasks={name: GlueTask(name, ("prompt", "completion"), (), ("loss",)) for name in data},
         max_seq_len=dict.fromkeys(data, longest),
         data=data,
     )

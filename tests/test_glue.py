@@ -14,9 +14,17 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from osrm.backbones import find_backbone, load_tokenizer
-from osrm.data import available_tasks, collator, fingerprint, load_task, split_task, tokenize
+from osrm.data import (
+    available_tasks,
+    collator,
+    find_tasks,
+    fingerprint,
+    load_task,
+    split_task,
+    tokenize,
+)
 from osrm.errors import UserError
-from osrm.glue import TASKS, find_tasks, task_metrics, task_scores
+from osrm.glue import TASKS, task_metrics, task_scores
 from osrm.metrics import METRICS
 from tests.conftest import WORDS
 
@@ -133,9 +141,10 @@ def test_rows_of_the_table():
 
 
 def test_find_tasks():
-    assert [task.name for task in find_tasks(["rte", "cola", "rte"], "--tasks")] == ["rte", "cola"]
+    found = find_tasks(["rte", "cola", "rte"], "--tasks", None)
+    assert [task.name for task in found] == ["rte", "cola"]
     with pytest.raises(UserError, match=r"--tasks: unknown task wnli, ax;.*stsb"):
-        find_tasks(["wnli", "rte", "ax"], "--tasks")
+        find_tasks(["wnli", "rte", "ax"], "--tasks", None)
 
 
 # -- files -------------------------------------------------------------------------------------

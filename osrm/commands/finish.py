@@ -19,7 +19,7 @@ from osrm.commands.plan import Plan
 from osrm.config import TrainConfig
 from osrm.data import fingerprint
 from osrm.files import publish, staged, write_json, write_text
-from osrm.glue import TASKS, GlueTask
+from osrm.glue import GlueTask
 from osrm.lending import applied, load_head
 from osrm.runs import METRICS, args_record, model_card, run_dir
 from osrm.seeds import derive_seed
@@ -73,7 +73,7 @@ def save_run(
     """
     if not processes.is_first():
         return
-    task = TASKS[args["task"]]
+    task = session.tasks[args["task"]]
     directory = run_dir(config, task.name)
     with staged(directory / "adapter") as staging:
         save_adapter(model, staging, state)

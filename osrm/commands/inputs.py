@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -21,10 +20,11 @@ from osrm.checkpoints import (
     named_directories,
     read_checkpoint,
 )
-from osrm.checks import read_json
+from osrm.checks import read_json, task_name
 from osrm.config import MergeConfig
+from osrm.data import find_tasks, known_tasks
 from osrm.errors import UserError
-from osrm.glue import TASKS, find_tasks
+from osrm.glue import GlueTask
 from osrm.merging import METHODS, check_knobs
 from osrm.records import Recipe
 from osrm.task_vectors import TaskVectors
@@ -37,6 +37,8 @@ class Inputs:
     checkpoints: dict[str, Checkpoint]
     vectors: TaskVectors
     """Their updates, stacked."""
+    tasks: dict[str, GlueTask]
+    """{task: its definition}; --no-eval and --eval-text can do without."""
     labels: dict[str, tuple[str, ...]]
     """{task: the classes of its head}; no class: a regression."""
     backbone: str | None
@@ -51,13 +53,8 @@ def read_inputs(config: MergeConfig, recipe: Recipe | None = None) -> Inputs:
     else:
         where = f"--load-model-path {config.load_model_path}"
         directories = named_directories(config.load_model_path, None)
-    if config.glue:
-        find_tasks(directories, where)
-    # A character has up to 4 bytes, the name of a file up to 255.
-    if odd := [task for task in directories if not re.fullmatch(r"\w[\w.-]{,59}", task)]:
-        raise UserError(
-            f"{where}: task names have up to 60 letters, digits, '_', '-', '.' only; not {odd}"
-        )
+    if odd := [task for task in directories if not task_name.holds(task)]:
+        raise UserError(f"{where}: a task has {task_name.words} only; not {odd}")
 
     @cache
     def load_base(name: str | None, kind: Kind) -> tuple[Any, Collection[str]]:
@@ -69,12 +66,13 @@ def read_inputs(config: MergeConfig, recipe: Recipe | None = None) -> Inputs:
         task: read_checkpoint(path, lambda name, kind: load_base(config.backbone or name, kind))
         for task, path in directories.items()
     }
+    tasks = definitions(checkpoints, config, where)
     if config.glue:
         for task, checkpoint in checkpoints.items():
             check_task(checkpoint, task)
     check_bases(checkpoints, config.backbone)
     check_kinds(checkpoints, config)
-    labels = {task: head_labels(task, run, config.glue) for task, run in checkpoints.items()}
+    labels = {task: head_labels(task, run, tasks, config.glue) for task, run in checkpoints.items()}
     names = [config.backbone]
     names += [run.args.get("backbone") or run.base for run in checkpoints.values()]
     backbone = next((name for name in names if name), None)
@@ -88,7 +86,21 @@ def read_inputs(config: MergeConfig, recipe: Recipe | None = None) -> Inputs:
                 raise UserError(f"{run.path}: it holds tensors of its base; name it: --backbone")
             check_base_tensors(run, find_backbone(backbone), labels[task])
     vectors = TaskVectors.stack({task: run.updates for task, run in checkpoints.items()})
-    return Inputs(checkpoints, vectors, labels, backbone)
+    return Inputs(checkpoints, vectors, tasks, labels, backbone)
+
+
+def definitions(
+    checkpoints: Mapping[str, Checkpoint], config: MergeConfig, where: str
+) -> dict[str, GlueTask]:
+    """{task: its definition in its data}; raises UserError if one is missing and is needed."""
+    tasks: dict[str, GlueTask] = {}
+    for name, run in checkpoints.items():
+        data_dir = config.data_dir or run.args.get("data_dir")
+        if config.glue:
+            (tasks[name],) = find_tasks([name], where, data_dir)
+        elif known := known_tasks(data_dir).get(name):
+            tasks[name] = known
+    return tasks
 
 
 def check_bases(checkpoints: Mapping[str, Checkpoint], backbone: str | None) -> None:
@@ -142,21 +154,23 @@ def check_base(inputs: Inputs) -> None:
         check_fits(checkpoint, model, new)
 
 
-def head_labels(task: str, checkpoint: Checkpoint, glue: bool) -> tuple[str, ...]:
-    """The classes of a task: GLUE's, or as many as its head has outputs; none: a regression.
+def head_labels(
+    task: str, checkpoint: Checkpoint, tasks: Mapping[str, GlueTask], glue: bool
+) -> tuple[str, ...]:
+    """The task's classes, or as many as its head has outputs; none: a regression.
 
-    GLUE's scores need GLUE's: any other head is refused.
+    The scores need the task's own: any other head is refused.
     """
     if not glue and not checkpoint.kind.has_classes:
         return ()
     matrices = [tensor for tensor in checkpoint.head.values() if tensor.ndim == 2]
     outputs = min(map(len, matrices), default=0)
-    if task in TASKS and outputs == TASKS[task].num_labels:
-        return TASKS[task].labels
+    if task in tasks and outputs == tasks[task].num_labels:
+        return tasks[task].labels
     if glue:
         head = f"its head has {outputs} outputs" if outputs else "it has no trained head"
         raise UserError(
-            f"{checkpoint.path}: {head}, {task} needs {TASKS[task].num_labels}; train the head"
+            f"{checkpoint.path}: {head}, {task} needs {tasks[task].num_labels}; train the head"
             " too (PEFT: modules_to_save), or merge with --no-eval"
         )
     return tuple(f"LABEL_{i}" for i in range(outputs)) if outputs != 1 else ()

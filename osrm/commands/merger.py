@@ -158,7 +158,7 @@ def held_out_scores(
     wanted: Mapping[str, list[float]],
 ) -> dict[str, dict[float, float]]:
     """{method: {λ: one task's score}} for the λ in `wanted`; one model gets all the updates."""
-    task = session.task(task_name)
+    task = session.tasks[task_name]
     model = session.model(task, head)
     examples = {"": session.encoded(task, session.data[task_name].selection)}
     by_method: dict[str, dict[float, float]] = {method: {} for method in wanted}

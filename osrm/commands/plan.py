@@ -19,9 +19,9 @@ from osrm.bank import FeatureFile, check_comparable, read_bank
 from osrm.checkpoints import named_directories
 from osrm.checks import number, per_task, whole
 from osrm.config import TrainConfig
-from osrm.data import available_tasks, load_task, split_task
+from osrm.data import available_tasks, find_tasks, known_tasks, load_task, split_task
 from osrm.errors import UserError
-from osrm.glue import TASKS, GlueTask, find_tasks
+from osrm.glue import GlueTask
 from osrm.interference import relative_energy
 from osrm.lending import linear_weight
 from osrm.moments import own_and_others
@@ -38,6 +38,8 @@ class Plan:
 
     config: TrainConfig
     backbone: Backbone
+    known: dict[str, GlueTask]
+    """GLUE's tasks and the data's own."""
     tasks: list[GlueTask]
     others: list[str]
     """The tasks that A avoids, with data or in the bank."""
@@ -53,13 +55,16 @@ def make_plan(config: TrainConfig) -> Plan:
     backbone = find_backbone(config.backbone)
     config = replace(config, data_dir=config.data_dir or backbone.data_dir)
     available = available_tasks(config.data_dir)
-    tasks = find_tasks(config.tasks or available, "--tasks")
+    tasks = find_tasks(config.tasks or available, "--tasks", config.data_dir)
     bank = read_bank(Path(config.feature_bank)) if config.feature_bank else {}
     others = list(dict.fromkeys(config.other_tasks or [*available, *bank]))
-    find_tasks([name for name in others if name not in bank], "--other-tasks")
+    find_tasks([name for name in others if name not in bank], "--other-tasks", config.data_dir)
     names = [task.name for task in tasks]
     if not names:
-        raise UserError(f"--data-dir {config.data_dir}: no folder in it is named after a GLUE task")
+        raise UserError(
+            f"--data-dir {config.data_dir}: no folder in it is named after a GLUE task, and no"
+            " tasks.json defines others; add one"
+        )
     alone = any({*others} <= {name} for name in names)
     if needs_features(config) and alone and not config.only_features:
         raise UserError(
@@ -78,7 +83,8 @@ def make_plan(config: TrainConfig) -> Plan:
         lrs = per_task(config.load_lrs, "--load-lrs", names, number(0, low_open=True))
         configs = {name: replace(configs[name], lr=lrs[name]) for name in names}
     sources = named_directories(config.load_model_path, names) if config.load_model_path else {}
-    return Plan(config, backbone, tasks, others, bank, configs, sources)
+    known = known_tasks(config.data_dir)
+    return Plan(config, backbone, known, tasks, others, bank, configs, sources)
 
 
 def open_session(plan: Plan) -> Session:
@@ -100,7 +106,7 @@ def open_session(plan: Plan) -> Session:
         names += [name for name in plan.others if name not in {*names, *plan.bank}]
     data = {
         name: split_task(
-            load_task(TASKS[name], config.data_dir),
+            load_task(plan.known[name], config.data_dir),
             config.seed,
             max_train=config.max_train_samples,
             max_selection=config.max_eval_samples,
@@ -111,7 +117,9 @@ def open_session(plan: Plan) -> Session:
     }
     lengths = dict.fromkeys(data, config.max_seq_len)
     bsz = config.per_device_eval_bsz
-    return Session(plan.backbone, tokenizer, device, dtype, config.seed, bsz, lengths, data)
+    return Session(
+        plan.backbone, tokenizer, device, dtype, config.seed, bsz, plan.known, lengths, data
+    )
 
 
 @dataclass(frozen=True)
@@ -186,6 +194,6 @@ def collect_features(plan: Plan, session: Session, model: Any) -> dict[str, Feat
         train = session.data[name].train
         samples = train.head(config.max_num_samples) if config.max_num_samples > 0 else train
         path = Path(config.feature_bank) / f"{name}.safetensors" if config.feature_bank else None
-        key = session.key(model, TASKS[name], samples, **settings)
+        key = session.key(model, session.tasks[name], samples, **settings)
         files[name] = session.statistics(model, modules, key, samples, path=path)
     return files

@@ -23,7 +23,6 @@ from osrm.devices import find_device
 from osrm.errors import UserError
 from osrm.evaluation import Predictions
 from osrm.files import write_json, write_text
-from osrm.glue import TASKS
 from osrm.interference import diagnose
 from osrm.lending import applied, linear_weight
 from osrm.measure import peak_memory, reset_peak_memory
@@ -66,7 +65,7 @@ def open_session(
         fields = ("data_dir", "max_seq_len", "max_test_samples", "seed")
         chosen = {field: known[field] for field in fields}
         only = not (config.search or learns)
-        loaded = load_task(TASKS[name], chosen["data_dir"], validation_only=only)
+        loaded = load_task(inputs.tasks[name], chosen["data_dir"], validation_only=only)
         reported = validation_splits(loaded, chosen["max_test_samples"], chosen["seed"])
         chosen |= {"batch_size": config.per_device_eval_bsz, "dtype": config.eval_dtype}
         train = selection = reported[""].head(0)
@@ -84,6 +83,7 @@ def open_session(
         getattr(torch, config.eval_dtype),
         seed=0,  # of new heads; each task's own replaces them
         batch_size=config.per_device_eval_bsz,
+        tasks=inputs.tasks,
         max_seq_len={name: chosen["max_seq_len"] for name, chosen in settings.items()},
         data=data,
     )
@@ -123,7 +123,7 @@ def predict_all(session: Session, merger: Merger) -> RowPredictions:
     """
     predictions: RowPredictions = {n: {} for n in ("pre-trained", "individual", *merger.methods)}
     for name, checkpoint in merger.inputs.checkpoints.items():
-        task = session.task(name)
+        task = session.tasks[name]
         model = session.model(task, checkpoint.head)
         splits = session.encoded_splits(task)
         memory: dict[str, Tensor] = {}
@@ -173,11 +173,15 @@ def score_all(session: Session, merger: Merger, settings: dict[str, dict[str, An
 def rows(predictions: RowPredictions, session: Session, merger: Merger) -> list[Row]:
     """The rows of the table, with the scores that the paper's tables show, and all metrics."""
     metrics = {
-        name: {task: session.scores(session.task(task), splits) for task, splits in by_task.items()}
+        name: {
+            task: session.scores(session.tasks[task], splits) for task, splits in by_task.items()
+        }
         for name, by_task in predictions.items()
     }
     shown = {
-        name: {task: values[f"eval_{session.task(task).score}"] for task, values in by_task.items()}
+        name: {
+            task: values[f"eval_{session.tasks[task].score}"] for task, values in by_task.items()
+        }
         for name, by_task in metrics.items()
     }
     own = {task: score for task, score in shown["individual"].items() if score > 0}
@@ -230,13 +234,13 @@ def diagnose_merges(session: Session, merger: Merger) -> None:
     Measured on the first reported examples of each task: no start of A depends on them.
     """
     merged, checkpoints = merger.directory, merger.inputs.checkpoints
-    model = session.model(session.task(next(iter(checkpoints))))
+    model = session.model(session.tasks[next(iter(checkpoints))])
     modules = [name for name, _ in model.named_modules() if name in merger.inputs.vectors]
     settings = {"features": "token", "count_padding": False}
     moments, starts, updates = {}, {}, {}
     for task, checkpoint in checkpoints.items():
         examples = session.data[task].validation[""].head(DIAGNOSED)
-        key = session.key(model, session.task(task), examples, **settings)
+        key = session.key(model, session.tasks[task], examples, **settings)
         moments[task] = session.statistics(model, modules, key, examples)
         updates[task] = {name: checkpoint.updates[name] for name in modules}
         if (checkpoint.path / "init_model" / CONFIG).exists():

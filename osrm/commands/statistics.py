@@ -17,7 +17,6 @@ from osrm.checkpoints import checksum
 from osrm.commands.inputs import Inputs
 from osrm.data import collator
 from osrm.fisher import fisher_information
-from osrm.glue import TASKS
 from osrm.lending import applied
 from osrm.session import Session
 from osrm.task_vectors import Lazy, deltas
@@ -32,7 +31,7 @@ def collect_statistics(
     files: list[Mapping[str, Any]] = []
     settings = {"features": "token", "count_padding": count_padding}
     for name, checkpoint in inputs.checkpoints.items():
-        task, train = TASKS[name], session.data[name].train
+        task, train = session.tasks[name], session.data[name].train
         model = session.model(task, checkpoint.head)
         key = session.key(model, task, train, **settings, adapter=checksum(checkpoint.path))
         with applied(model, deltas(checkpoint.updates, session.device)):
@@ -52,7 +51,7 @@ def collect_statistics(
 
 def _fisher(session: Session, key: dict[str, Any], model: Any, modules: list[str]) -> TensorFile:
     key = {**key, "what": "fisher"}
-    task = TASKS[key["task"]]
+    task = session.tasks[key["task"]]
 
     def write(path: Path) -> None:
         examples = session.encoded(task, session.data[task.name].train)

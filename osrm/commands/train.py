@@ -19,7 +19,7 @@ from osrm.config import TrainConfig
 from osrm.errors import Diverged
 from osrm.evaluation import scores
 from osrm.files import check_output, locked, staged, write_json
-from osrm.glue import TASKS, GlueTask
+from osrm.glue import GlueTask
 from osrm.measure import peak_memory, reset_peak_memory
 from osrm.runs import CHECKPOINTS, METRICS, check_unfinished, run_dir, run_name, write_args
 from osrm.session import Session
@@ -55,7 +55,9 @@ def train(config: TrainConfig) -> None:
             diverged = work(plan, session, todo)
     if processes.is_first():
         path = Path(config.output_dir) / f"load_model_path-{run_name(config)}.json"
-        runs = {name: run_dir(config, name) for name in TASKS}
+        # Runs with other data, too: their tasks come last.
+        names = [*plan.known, *sorted(folder.name for folder in path.parent.iterdir())]
+        runs = {name: run_dir(config, name) for name in names}
         write_json(path, {name: str(run) for name, run in runs.items() if (run / METRICS).exists()})
         logger.info("merge them with: python merge.py --load-model-path %s", path)
     if diverged:
