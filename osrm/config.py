@@ -47,6 +47,12 @@ class TrainConfig:
     norm_match: float | None = flag(
         None, "rescale every row of A to this norm", POSITIVE, type=float
     )
+    shift_penalty: float = flag(
+        0.0,
+        "add to the loss X times how far the update shifts the outputs for the other tasks'"
+        " features, relative to the own ones",
+        NOT_NEGATIVE,
+    )
     features: str = flag(
         "token",
         "the feature vectors: every token, the mean of each sample, or the mean of the task",
@@ -134,6 +140,10 @@ class TrainConfig:
             problems.append(f"--freeze {self.freeze}: {reason}; expected A, B or N")
         if self.only_features and not self.feature_bank:
             problems.append("--only-features writes a bank; name its folder with --feature-bank")
+        if self.shift_penalty and self.load_model_path:
+            problems.append(
+                "--shift-penalty acts in training, and --load-model-path trains nothing"
+            )
         check(self, problems)
 
 

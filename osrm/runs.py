@@ -25,8 +25,8 @@ VOLATILE = {
 
 def needs_features(config: TrainConfig) -> bool:
     """Whether the run uses feature statistics; without them it makes no pass over the data."""
-    asked = config.only_features or config.load_model_path is not None
-    return asked or STARTS[config.init].needs_features
+    asked = config.only_features or config.load_model_path or config.shift_penalty
+    return bool(asked) or STARTS[config.init].needs_features
 
 
 def run_name(config: TrainConfig) -> str:
@@ -43,6 +43,8 @@ def run_name(config: TrainConfig) -> str:
         name += "" if config.epsilon == TrainConfig.epsilon else f"-eps{config.epsilon:g}"
     if config.norm_match is not None:
         name += f"-norm{config.norm_match:g}"
+    if config.shift_penalty:
+        name += f"-shift{config.shift_penalty:g}"
     if config.load_model_path:
         name += f"-{config.transform}"
         if config.transform == "nullify" and config.kappa != TrainConfig.kappa:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,19 +73,29 @@ class TaskTrainer(Trainer, TrainerCallback):
     steps. After a signal there is a checkpoint, from which --resume continues to the same result.
     """
 
-    def __init__(self, signals: list[int], **options: Any) -> None:
-        """`signals` holds the numbers of those that arrived, and grows during the training."""
+    def __init__(
+        self, signals: list[int], penalty: Callable[[], Tensor] | None, **options: Any
+    ) -> None:
+        """`signals` holds the numbers of those that arrived, and grows during the training.
+
+        `penalty()` is added to the loss of every training batch.
+        """
         super().__init__(**options)
         # Every loss is a mean over its batch. The Trainer does not believe it of some models, and
         # would add up accumulated batches and multiply by the number of processes.
         self.model_accepts_loss_kwargs = False
-        self.signals = signals
+        self.signals, self.penalty = signals, penalty
         self.broken = torch.tensor(math.inf)  # the first step whose loss is not finite
         self.first_step = 0.0  # when it began, in seconds since 1970
         self.add_callback(self)
 
     def _get_train_sampler(self, _: Any = None) -> Sampler[int]:
         return EpochOrder(self)
+
+    def compute_loss(self, model: Any, *args: Any, **options: Any) -> Any:
+        """The Trainer's, in training with the penalty."""
+        loss = super().compute_loss(model, *args, **options)
+        return loss + self.penalty() if self.penalty and model.training else loss
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
         """The Trainer's; also notes a loss that is not finite, without waiting for the device."""
@@ -174,6 +184,7 @@ def fit(
     *,
     config: TrainConfig,
     checkpoints: Path,
+    penalty: Callable[[], Tensor] | None = None,
 ) -> Trainer:
     """Train `model` in place; it ends with the weights of its best epoch on `data.selection`.
 
@@ -220,6 +231,7 @@ def fit(
     with recorded_signals() as signals:
         trainer = TaskTrainer(
             signals,
+            penalty,
             model=model,
             args=arguments,
             train_dataset=data.train,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import str_to_bool
 from torch import Tensor
 from transformers.integrations import get_available_reporting_integrations
 
@@ -25,9 +27,10 @@ from osrm.glue import GlueTask
 from osrm.interference import relative_energy
 from osrm.lending import linear_weight
 from osrm.moments import own_and_others
+from osrm.penalty import ShiftPenalty
 from osrm.runs import needs_features
 from osrm.session import Session
-from osrm.starts import StartConfig, starts
+from osrm.starts import STARTS, StartConfig, starts
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +73,8 @@ def make_plan(config: TrainConfig) -> Plan:
         raise UserError(
             f"--init {config.init} needs features of other tasks to avoid; name some: --other-tasks"
         )
+    if config.shift_penalty and str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+        raise UserError("--shift-penalty needs whole factors, which FSDP shards; train without it")
     loggers = ["none", "all", *get_available_reporting_integrations()]
     if config.report_to not in loggers:
         raise UserError(
@@ -131,6 +136,15 @@ class Start:
     A: dict[str, dict[str, Tensor]]
     """{task: {module: A before training}}; empty if nothing looks at a start."""
 
+    def penalty(
+        self, weight: float, model: Any, task: str, others: list[str]
+    ) -> ShiftPenalty | None:
+        """That of --shift-penalty, on the task's PeftModel; None for weight 0."""
+        if not weight:
+            return None
+        leaders = self.features[task].leaders
+        return ShiftPenalty(weight, model, self.features, leaders, task=task, others=others)
+
     def energies(self, others: list[str]) -> dict[str, dict[str, float]]:
         """{task: {"start_energy_own": ..., "start_energy_others": ...}}, means over the layers.
 
@@ -167,12 +181,13 @@ def prepare_start(plan: Plan, session: Session, tasks: list[GlueTask]) -> Start:
     A: dict[str, dict[str, Tensor]] = {}
     if processes.is_first():
         modules = projections(model, config.block, config.rank)
+        looked = features if STARTS[config.init].needs_features else {}
         A = starts(
             StartConfig(config.init, config.epsilon, config.norm_match, config.seed),
             {name: (config.rank, linear_weight(model, name).shape[1]) for name in modules},
             [task.name for task in tasks],
-            features=features,
-            leaders=next(iter(features.values())).leaders if features else {},
+            features=looked,
+            leaders=next(iter(looked.values())).leaders if looked else {},
             others=plan.others,
         )
     return Start(features, processes.of_first(A))

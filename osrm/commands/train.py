@@ -116,7 +116,13 @@ def train_task(
     )
     reset_peak_memory()
     checkpoints = directory / CHECKPOINTS
-    trainer = fit(model, task, data, session.tokenizer, config=config, checkpoints=checkpoints)
+    penalty = start.penalty(config.shift_penalty, model, task.name, plan.others)
+    trainer = fit(
+        *(model, task, data, session.tokenizer),
+        config=config,
+        checkpoints=checkpoints,
+        penalty=penalty,
+    )
     peak = peak_memory(session.device.type)
     reset_peak_memory()
     state = full_state(trainer)
