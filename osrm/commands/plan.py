@@ -71,7 +71,7 @@ def make_plan(config: TrainConfig) -> Plan:
     alone = any({*others} <= {name} for name in names)
     if needs_features(config) and alone and not config.only_features:
         raise UserError(
-            f"--init {config.init} needs features of other tasks to avoid; name some: --other-tasks"
+            "features of other tasks are needed (--init, --shift-penalty); name some: --other-tasks"
         )
     if config.shift_penalty and str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
         raise UserError("--shift-penalty needs whole factors, which FSDP shards; train without it")
