@@ -28,6 +28,7 @@ from osrm.data import TaskData, collator
 from osrm.errors import Diverged, Interrupted
 from osrm.files import write_text
 from osrm.glue import GlueTask, task_metrics
+from osrm.runs import CHECKPOINTS, run_dir
 from osrm.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -183,15 +184,15 @@ def fit(
     tokenizer: Any,
     *,
     config: TrainConfig,
-    checkpoints: Path,
     penalty: Callable[[], Tensor] | None = None,
 ) -> Trainer:
     """Train `model` in place; it ends with the weights of its best epoch on `data.selection`.
 
     `config` has the `epochs` and `lr` of this task. Training continues from the newest checkpoint
-    in `checkpoints`, if there is one. It raises Diverged, or Interrupted. The Trainer's
-    `state.best_metric` is the score on `data.selection`.
+    in the run directory, if there is one. `penalty()` is added to the loss of every batch. Raises
+    Diverged, or Interrupted. The Trainer's `state.best_metric` is the score on `data.selection`.
     """
+    checkpoints = run_dir(config, task.name) / CHECKPOINTS
     if config.gradient_checkpoint:
         enable_checkpointing(model)
     best = None if config.not_load_best_model_at_end else f"eval_{task.select}"

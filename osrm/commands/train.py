@@ -115,14 +115,8 @@ def train_task(
         *(config.epochs, config.lr),
     )
     reset_peak_memory()
-    checkpoints = directory / CHECKPOINTS
     penalty = start.penalty(config.shift_penalty, model, task.name, plan.others)
-    trainer = fit(
-        *(model, task, data, session.tokenizer),
-        config=config,
-        checkpoints=checkpoints,
-        penalty=penalty,
-    )
+    trainer = fit(model, task, data, session.tokenizer, config=config, penalty=penalty)
     peak = peak_memory(session.device.type)
     reset_peak_memory()
     state = full_state(trainer)
@@ -139,4 +133,4 @@ def train_task(
         trainer.state.save_to_json(str(directory / "trainer_state.json"))
     save_run(config, session, args, model, metrics=metrics, state=state)
     if processes.is_first():
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
