@@ -27,6 +27,11 @@ CLAIMS = {
     ("contrastive", "gaussian-norm1"): "the contrastive start (ours) beats LoRA at norm 1",
     ("contrastive", "orthogonal"): "the contrastive start (ours) beats random frames",
     ("contrastive", "analytical"): "the contrastive start (ours) beats OSRM's",
+    ("contrastive-shift", "gaussian"): "contrastive with a shift penalty (ours) beats LoRA's start",
+    ("contrastive-shift", "kaiming"): "contrastive with a shift penalty beats PEFT's default",
+    ("contrastive-shift", "orthogonal"): "contrastive with a shift penalty beats random frames",
+    ("contrastive-shift", "analytical"): "contrastive with a shift penalty beats OSRM's",
+    ("contrastive-shift", "contrastive"): "the shift penalty helps the contrastive start",
 }
 HEAD = ["claim", "known of the paper", "measured here", "corrected p", "verdict"]
 HEAD += ["least without one task", "without stsb", "without cola", "merging loss"]

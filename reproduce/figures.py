@@ -17,7 +17,7 @@ from tables import METHODS, curves
 
 from osrm.report import COLOURS, save
 
-STYLE = dict(zip(STARTS, zip(COLOURS, "osD^vX")))
+STYLE = dict(zip(STARTS, zip(COLOURS, "osD^vXP*")))
 """{start: (colour, marker)}, the same in all figures."""
 
 

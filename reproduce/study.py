@@ -26,6 +26,7 @@ TITLES = {
     "orthogonal": "random frame",
     "analytical": "OSRM",
     "contrastive": "contrastive (ours)",
+    "contrastive-shift": "contrastive, shift penalty (ours)",
     "release": "the release's code",
 }
 

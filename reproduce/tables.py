@@ -29,6 +29,10 @@ PAIRS = [
     ("contrastive", "gaussian-norm1"),
     ("contrastive", "orthogonal"),
     ("contrastive", "analytical"),
+    *(
+        ("contrastive-shift", other)
+        for other in ("gaussian", "kaiming", "orthogonal", "analytical", "contrastive")
+    ),
 ]
 PLAIN = {
     "samples": "k100",
