@@ -32,7 +32,7 @@ STYLE: Any = dict.fromkeys(["axes.spines.top", "axes.spines.right"], False)
 STYLE["figure.constrained_layout.use"] = True
 COSTS = ("kept", "merge_seconds", "merge_peak_gib", "size_mib")
 # Okabe and Ito's colours, distinct for colour-blind readers.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 
 
 def frame(results: Results) -> pd.DataFrame:
