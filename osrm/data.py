@@ -57,10 +57,9 @@ def find_tasks(names: Iterable[str], field: str, data_dir: str | None) -> list[G
     """The tasks of these names, each once; `field` names the origin of the names in errors."""
     names, known = list(dict.fromkeys(names)), known_tasks(data_dir)
     if unknown := [name for name in names if name not in known]:
-        file = Path(data_dir or "DIR", "tasks.json")
         raise UserError(
-            f"{field}: unknown task {', '.join(unknown)}; the tasks are {[*known]}, and"
-            f" --data-dir may add others: {file}"
+            f"{field}: unknown task {', '.join(unknown)}; the tasks of {data_dir or HUB_DATA} are"
+            f" {[*known]}, and a --data-dir adds others in its tasks.json"
         )
     return [known[name] for name in names]
 
