@@ -120,8 +120,8 @@ class TrainConfig:
     data_dir: str | None = flag(
         None,
         "DIR with <task>/{train,validation}.{parquet,jsonl,csv,tsv}, perhaps selection too, and"
-        " tasks.json if its tasks are not GLUE's; or mini-glue (embedded; the default of the"
-        " embedded models); without it GLUE from the hub or its local cache",
+        " tasks.json if its tasks are not GLUE's; or embedded: mini-glue (the default of the"
+        " embedded models) or mini-16; without it GLUE from the hub or its local cache",
         metavar="DIR",
     )
     output_dir: str = flag(".save_dir", "folder for the run directories")

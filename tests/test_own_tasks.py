@@ -149,7 +149,9 @@ def test_runs_need_the_definition_of_their_task(config, folders, tmp_path):
     gone = str(tmp_path / "gone")
     (one / "args.json").write_text(json.dumps({**args, "data_dir": gone}))
     paths, options = {"spam": one}, {"methods": ["average"]}
-    with pytest.raises(UserError, match=rf"unknown task spam;.*'rte'.*add others: {gone}/tasks.js"):
+    with pytest.raises(
+        UserError, match=rf"unknown task spam; .* of {gone} are .*'rte'.* tasks.json"
+    ):
         merge_them(paths, tmp_path, **options)
     out = merge_them(paths, tmp_path, "there", data_dir=str(folders[0]), **options)
     same = merge_them({"spam": runs(config)["spam"]}, tmp_path, "as it was", **options)

@@ -29,7 +29,8 @@ def test_an_installation_holds_the_package_alone(tmp_path):
     expected = {
         path.relative_to(ROOT)
         for path in (ROOT / "osrm").rglob("*")
-        if path.suffix == ".py" or (path.parts[-2:-1] == ("embedded",) and path.suffix == ".txt")
+        if path.suffix == ".py"
+        or (path.parts[-2:-1] == ("embedded",) and path.suffix in (".txt", ".json"))
     }
     installed = {
         path.relative_to(target)

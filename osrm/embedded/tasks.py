@@ -28,36 +28,42 @@ def mini_glue() -> Path:
 
 def build_mini_glue(archives: dict[str, Path], directory: Path) -> None:
     """Write the files of every task in `SOURCES`. The splits of a task share no text."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     from osrm.glue import TASKS
 
     for task, source in SOURCES.items():
-        fields = TASKS[task].fields
-        kinds = dict.fromkeys(fields, pa.string())
-        kinds |= {"label": pa.int64() if TASKS[task].labels else pa.float32()}
-        (directory / task).mkdir()
-        for split, rows in apart(globals()[task](archives[source.package]), len(fields)).items():
-            columns = [pa.array(*column) for column in zip(zip(*rows), kinds.values())]
-            columns += [pa.array(range(len(rows)), pa.int32())]
-            path = directory / task / f"{split}.parquet"
-            pq.write_table(pa.table(columns, [*kinds, "idx"]), path)
+        write_task(directory, TASKS[task], globals()[task](archives[source.package]))
     snli.cache_clear()
 
 
-def apart(splits: Splits, texts: int) -> Splits:
-    """The splits without rows one of whose first `texts` fields is in an earlier split.
+def write_task(directory: Path, task: Any, splits: Splits) -> None:
+    """Write `<task>/<split>.parquet` of a `GlueTask`, without what an earlier split has."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    Letters and digits alone are compared, in lower case.
-    """
+    kinds = dict.fromkeys(task.fields, pa.string())
+    kinds |= {"label": pa.int64() if task.labels else pa.float32()}
+    (directory / task.name).mkdir()
+    for split, rows in apart(splits, len(task.fields)).items():
+        columns = [pa.array(*column) for column in zip(zip(*rows), kinds.values())]
+        columns += [pa.array(range(len(rows)), pa.int32())]
+        path = directory / task.name / f"{split}.parquet"
+        pq.write_table(pa.table(columns, [*kinds, "idx"]), path)
+
+
+def apart(splits: Splits, texts: int) -> Splits:
+    """The splits without rows one of whose first `texts` fields is in an earlier split."""
     kept, taken = Splits(), set[str]()
     for split, rows in splits.items():
-        keys = [{"".join(re.findall(r"\w", text.lower())) for text in row[:texts]} for row in rows]
+        keys = [{*map(letters, row[:texts])} for row in rows]
         free = [taken.isdisjoint(key) for key in keys]
         kept[split] = [*compress(rows, free)]
         taken.update(*compress(keys, free))
     return kept
+
+
+def letters(text: str) -> str:
+    """What is compared of a text: letters and digits, in lower case."""
+    return "".join(re.findall(r"\w", text.lower()))
 
 
 def cut(rows: list[Row], validation: int, selection: int) -> Splits:
