@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 from intervals import Difference, holm, student
 from plan import QUESTIONS
-from study import Study, area, shared
+from study import TASKS, Study, area, shared
 from tables import METHODS, PAIRS, Table, curves
-
-from osrm.glue import TASKS
 
 PAPER = {
     "task_arithmetic": "RoBERTa-large +6.55 (70.04 → 76.59)",

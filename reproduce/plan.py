@@ -43,10 +43,12 @@ def runs(study: str, question: str | None = None) -> list[str]:
         return [f"{start}/{seed}" for start in starts for seed in setting["seeds"]]
     if question is None:
         return [run for name in ("methods", *QUESTIONS) for run in runs(study, name)]
-    asked = []
+    asked, counts = [], QUESTIONS[question].get("subsets", {})
     for run in varied_runs(question):
         start, _, name = run.partition("+")
-        if name and start in starts and name in setting.get("variations", [name]):
+        known = name in setting.get("variations", [name])
+        fits = counts.get(name, 0) < len(setting["tasks"])  # all tasks are the plain run
+        if name and start in starts and known and fits:
             asked += [f"{run}/{seed}" for seed in setting["more_seeds"]]
     return asked
 

@@ -15,9 +15,11 @@ from intervals import Difference, holm, student
 from plan import STARTS, STUDIES
 
 from osrm import metrics
-from osrm.glue import TASKS
+from osrm.data import known_tasks
 
 Array = np.ndarray
+TASKS = known_tasks("mini-16")
+"""GLUE's, and the embedded ones."""
 
 TITLES = {
     "gaussian": "LoRA",

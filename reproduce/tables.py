@@ -10,9 +10,7 @@ import numpy as np
 from intervals import Difference, holm, student
 from plan import QUESTIONS, varied_runs
 from simulation import reliability, resampled_differences
-from study import REFERENCES, TITLES, Array, Study, area, score, shared, spread
-
-from osrm.glue import TASKS
+from study import REFERENCES, TASKS, TITLES, Array, Study, area, score, shared, spread
 
 Table = list[list[str]]
 METHODS = ("task_arithmetic", "ties", "tsv", "emr")
