@@ -12,8 +12,8 @@ DEMO := .save_dir/demo
 TASKS := mrpc sst2 mnli stsb
 RUN := minilm-r8-a16
 REST := fixN-qv-wd0.0-seq128
-TRAIN := --backbone minilm --tasks $(TASKS) --other-tasks $(TASKS) --epochs 2 --lr 2e-3 \
-	--per-device-train-bsz 32 --max-train-samples 1024 --max-eval-samples 100 \
+TRAIN := --backbone minilm --tasks $(TASKS) --other-tasks $(TASKS) --epochs 2 --lr 1e-3 \
+	--per-device-train-bsz 8 --max-train-samples 1024 --max-eval-samples 100 \
 	--max-test-samples 200 --output-dir $(DEMO) --resume
 METHODS := average task_arithmetic ties emr
 
