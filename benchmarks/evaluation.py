@@ -71,6 +71,7 @@ def prepare(name: str, tasks: list[str], examples: int, folder: Path) -> Timed:
         *(backbone, tokenizer, torch.device("cpu"), torch.float32),
         seed=0,
         batch_size=64,
+        tasks=TASKS,
         max_seq_len=dict.fromkeys(tasks, 128),
         data=data,
         predicting=[],

@@ -34,8 +34,8 @@ class SignalAt(TrainerCallback):
 
 
 def signal_at(monkeypatch, step: int, number: signal.Signals) -> None:
-    def interrupted(signals, **options):
-        return TaskTrainer(signals, **options, callbacks=[SignalAt(step, number)])
+    def interrupted(*arguments, **options):
+        return TaskTrainer(*arguments, **options, callbacks=[SignalAt(step, number)])
 
     monkeypatch.setattr("osrm.training.TaskTrainer", interrupted)
 

@@ -226,7 +226,7 @@ def test_the_rate_of_a_start_is_the_mildest_that_cannot_be_told_from_the_best(tr
     scores = {"1e-3": (0.6, 0.6), "2e-3": (0.7, 0.7), "4e-3": (0.62, 0.82)}
     clear = {"1e-3": (0.4, 0.6), "2e-3": (0.4, 0.4), "4e-3": (0.9, 0.9)}
     assert [*scores] == [*clear] == STUDIES["embedded"]["tune"]["rates"]
-    for start in SCIENCE["starts"]:
+    for start in STUDIES["embedded"]["starts"]:
         for rate, found in (clear if start == "orthogonal" else scores).items():
             for seed, score in zip(STUDIES["embedded"]["tune"]["seeds"], found, strict=True):
                 path = tree / f"reproduce/results/embedded/tune/{start}/{rate}/{seed}.json"
@@ -235,7 +235,7 @@ def test_the_rate_of_a_start_is_the_mildest_that_cannot_be_told_from_the_best(tr
     done = workflow("--cores", "1", "hparams/lr_embedded.json", cwd=tree)
     assert done.returncode == 0, done.stderr
     chosen = json.loads((tree / "hparams/lr_embedded.json").read_text())
-    assert chosen.keys() == SCIENCE["starts"].keys()
+    assert [*chosen] == STUDIES["embedded"]["starts"]
     # Of the three rates of every start one varies, by .2 between its two seeds: variance .02.
     error = np.sqrt(0.02 / 3 / 2)
     for start, found in chosen.items():

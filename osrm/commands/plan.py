@@ -70,8 +70,9 @@ def make_plan(config: TrainConfig) -> Plan:
         )
     alone = any({*others} <= {name} for name in names)
     if needs_features(config) and alone and not config.only_features:
+        asking = "--shift-penalty" if config.shift_penalty else f"--init {config.init}"
         raise UserError(
-            "features of other tasks are needed (--init, --shift-penalty); name some: --other-tasks"
+            f"{asking} needs features of other tasks to avoid; name some: --other-tasks"
         )
     if config.shift_penalty and str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
         raise UserError("--shift-penalty needs whole factors, which FSDP shards; train without it")
