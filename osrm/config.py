@@ -188,6 +188,13 @@ class MergeConfig:
     )
     dtype: str = flag("float32", "precision of the merges", ("float32", "float64"))
     max_num_samples: int = flag(256, "training examples per task for RegMean and Fisher", whole(1))
+    align_heads: int | None = flag(
+        None,
+        "fit each task's head to its features in the merged model, by N of its training texts;"
+        " their labels are not used",
+        whole(2),
+        type=int,
+    )
     count_padding: bool = flag(False, "RegMean counts padding as text, as the release does")
     export: list[str] = flag([], "also write PEFT adapters, or whole models", ("adapter", "model"))
     rank: int | None = flag(None, "limits the rank of exported adapters", whole(1), type=int)
@@ -219,9 +226,10 @@ class MergeConfig:
         }
         if "search-density" in given and "search" not in given:
             problems.append("--search-density needs --search, the grid of λ; give both")
-        both = ("search", "scale"), ("search-density", "density"), ("eval-text", "data-dir")
-        no_eval = [(name, "no-eval") for name in ("search", "diagnose", "eval-text")]
-        for one, other in (*both, *no_eval):
+        both = ("search", "scale"), ("search-density", "density")
+        text = [("eval-text", name) for name in ("data-dir", "align-heads")]
+        no_eval = [(name, "no-eval") for name in ("search", "diagnose", "eval-text", "align-heads")]
+        for one, other in (*both, *text, *no_eval):
             if given >= {one, other}:
                 problems.append(f"--{one} and --{other} contradict each other; give one of them")
         if "rank" in given and "adapter" not in self.export:

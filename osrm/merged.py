@@ -6,7 +6,7 @@ updates/0000.safetensors    one file a module, of one of these forms:
     A, B, scaling           one update for all tasks, scaling · B A
     unified, mask, rescaler EMR's: task t receives rescaler_t · mask_t · unified; see `Masked`
     rows                    a dense update for each task (task, out, in)
-heads/<task>.safetensors    the task's own trained head
+heads/<task>.safetensors    the task's own trained head, or what --align-heads made of it
 """
 
 from __future__ import annotations
@@ -51,14 +51,21 @@ def save_merged(
             pass
         write_text(staging / "README.md", _card(recipe))
         for task, head in heads.items():
-            save_file(dict(head), staging / "heads" / f"{task}.safetensors")
+            save_file(dict(head), head_file(staging, task))
         write_json(staging / RECIPE, record(replace(recipe, modules=list(merged))))
+
+
+def head_file(directory: Path, task: str) -> Path:
+    """Where a merged model has the head of a task."""
+    return directory / "heads" / f"{task}.safetensors"
 
 
 def _card(recipe: Recipe) -> str:
     """The model card: what this is, of what it was made, how to load and to repeat it."""
     sources = "\n".join(f"- {task}: `{source.path}`" for task, source in recipe.tasks.items())
     knobs = ", ".join(f"{name} {value}" for name, value in recipe.knobs.items())
+    count = recipe.align_heads
+    fitted = f"\nEach head was fitted to the merge by {count} texts of its task.\n" if count else ""
     return f"""---
 base_model: {recipe.base or recipe.backbone}
 tags: [lora, merge, {recipe.method}]
@@ -69,7 +76,7 @@ tags: [lora, merge, {recipe.method}]
 Merged with [{recipe.method}]({recipe.paper}){f" ({knobs})" if knobs else ""} from:
 
 {sources}
-
+{fitted}
 A module that one of them does not adapt counts as a zero update there. `recipe.json` has the
 checksums of the inputs and the versions; `python merge.py --from recipe.json --output-dir NEW`
 repeats the merge byte for byte.
@@ -136,8 +143,8 @@ class MergedUpdate(Lazy[Tensor]):
 
     @property
     def head(self) -> dict[str, Tensor]:
-        """The task's trained head."""
-        return load_file(self.directory / "heads" / f"{self.task}.safetensors")
+        """The task's head: the trained one, or with --align-heads the fitted one."""
+        return load_file(head_file(self.directory, self.task))
 
 
 @torch.no_grad()

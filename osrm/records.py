@@ -108,6 +108,8 @@ class Merge:
     dtype: str
     max_num_samples: int
     count_padding: bool
+    align_heads: int | None = None
+    """The training texts of each task by which its head was fitted to the merge."""
     tasks: dict[str, Source]
     environment: dict[str, Any] = field(default_factory=dict)
     """Versions of packages and of this code."""
@@ -132,7 +134,8 @@ class Recipe(Merge):
     def read(cls, path: str | Path, where: str) -> Recipe:
         """Read and check the file that `where`, a flag, names; raises UserError."""
         record = read_object(path, where, "{field: value}")
-        wrong = [f"lacks {name}" for name in _RECIPE if name not in record and name != "search"]
+        needed = _RECIPE.keys() - {"search", "align_heads"}
+        wrong = [f"lacks {name}" for name in _RECIPE if name in needed - record.keys()]
         try:
             if wrong := wrong or problems(record, _RECIPE):
                 raise UserError("; ".join(wrong))
@@ -234,6 +237,7 @@ _RECIPE = {
     "dtype": one_of("float32", "float64"),
     "max_num_samples": whole(1),
     "count_padding": flag,
+    "align_heads": whole(2),
     "tasks": Check('{task: {"path", "sha256"}}', _are_sources),
     "search": Check(
         "what --search writes",

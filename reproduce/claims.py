@@ -6,7 +6,7 @@ import numpy as np
 from intervals import Difference, holm, student
 from plan import QUESTIONS
 from study import TASKS, Study, area, shared
-from tables import CLAIMS, METHODS, Table, curves
+from tables import CLAIMS, CURVES, Table, curves
 
 PAPER = {
     "task_arithmetic": "RoBERTa-large +6.55 (70.04 → 76.59)",
@@ -28,12 +28,12 @@ def claim_table(study: Study) -> Table:
         for row in (*PAPER, *(["tsv", "individual"] if "contrastive" in pair else [])):
             known = PAPER[row] if pair == ("analytical", "gaussian") else "–"
             lines.append([f"{claim}, {row}", known, *compared(study, *pair, row)])
-    areas = {row: found for row in METHODS[:2] if (found := area_difference(study, row))}
+    areas = {row: found for row in CURVES if (found := area_difference(study, row))}
     others: dict[tuple[str, str], Difference | None] = {
         ("single-task scores within 1 % of LoRA's", "within 1 %"): relative(study, bound=-1),
         **{
             (f"more robust to λ: a larger area under its curve, {row}", "yes"): found
-            for row, found in (dict.fromkeys(METHODS[:2]) | holm(areas)).items()
+            for row, found in (dict.fromkeys(CURVES) | holm(areas)).items()
         },
         ("the advantage grows with the number of tasks, a task", "yes"): growth(study),
     }

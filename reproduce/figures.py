@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from plan import QUESTIONS, STARTS
 from study import TITLES, Study
-from tables import METHODS, curves
+from tables import CURVES, curves
 
 from osrm.report import COLOURS, save
 
@@ -24,7 +24,7 @@ STYLE = dict(zip(STARTS, zip(COLOURS, "osD^vXP*")))
 def lambda_curves(study: Study, path: Path) -> None:
     """Held-out average against λ; the band is the standard deviation over the seeds."""
     figure, fields = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
-    for axes, method in zip(fields, METHODS):
+    for axes, method in zip(fields, CURVES):
         for start in study.starts:
             pairs = [*curves(study, start, method).values()]
             if not pairs:
@@ -44,7 +44,7 @@ def size_curves(study: Study, path: Path) -> None:
     """Normalised average against the number of merged tasks."""
     asked = QUESTIONS["tasks"]
     figure, fields = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
-    for axes, method in zip(fields, METHODS):
+    for axes, method in zip(fields, CURVES):
         for start in asked["starts"]:
             ends = {len(study.records[start][s]["tasks"]): "" for s in study.records.get(start, {})}
             points = {

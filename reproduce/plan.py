@@ -18,7 +18,7 @@ SCIENCE = yaml.safe_load((HERE / "questions.yaml").read_text())
 STARTS: dict[str, str] = SCIENCE["starts"]
 """{start: train_glue.py's flags}"""
 QUESTIONS: dict[str, dict[str, Any]] = SCIENCE["questions"]
-KINDS = ("vary", "multiply_lr", "transform", "subsets")
+KINDS = ("vary", "multiply_lr", "transform", "merge", "subsets")
 
 
 def variations(kind: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+from collections import ChainMap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ def sections(study: Study) -> list[Section]:
     return [
         *results(study),
         *illustrated(study),
-        *(variation(study, question) for question in VARIED),
+        *(variation(study, question) for question in VARIED if was_run(study, question)),
         *rates(study),
     ]
 
@@ -172,6 +173,11 @@ def illustrated(study: Study) -> list[Section]:
     ]
 
 
+def was_run(study: Study, question: str) -> bool:
+    """Whether the study has any run of a question beside the plain ones."""
+    return bool({*varied_runs(question)} & study.records.keys() - {*STARTS})
+
+
 def variation(study: Study, question: str) -> Section:
     """One question of runs that were trained or moved anew."""
     plain = tables.PLAIN.get(question)
@@ -215,6 +221,7 @@ VARIED = {
     "rank": "The rank. alpha / rank stays 2.",
     "rate": "lr2x: twice the rate that was chosen.",
     "features": "Which vectors count: every token, one mean per example, or one mean per task.",
+    "heads": "aligned: each head is fitted to its features in the merge (--align-heads).",
     "transform": "Finished LoRA adapters, transformed. nullify is ours. project is the paper's,"
     " with an arbitrary A. release-project is the published code's, whose update is alpha / rank"
     " times too large.",
@@ -284,7 +291,8 @@ ALWAYS = ("Seeds", "Model", "Dates", "Machine", "Versions", "Commits")
 def moved(asked: dict[str, Any]) -> Iterable[tuple[str, str]]:
     """The variations of a question that have flags."""
     rates = {name: f"--lr × {factor}" for name, factor in asked.get("multiply_lr", {}).items()}
-    return {**asked.get("vary", {}), **rates, **asked.get("transform", {})}.items()
+    kinds = ("vary", "transform", "merge")
+    return ChainMap(rates, *(asked.get(kind, {}) for kind in kinds)).items()
 
 
 COMMIT = "git_commit"

@@ -13,8 +13,17 @@ from simulation import reliability, resampled_differences
 from study import REFERENCES, TASKS, TITLES, Array, Study, area, score, shared, spread
 
 Table = list[list[str]]
-METHODS = ("task_arithmetic", "ties", "tsv", "emr")
-"""The methods that the tables of all runs show."""
+METHODS = {
+    "individual": "single task",
+    "task_arithmetic": "task arithmetic",
+    "ties": "TIES",
+    "regmean": "RegMean",
+    "tsv": "TSV",
+    "emr": "EMR",
+}
+"""The rows that the tables of all runs show, and their titles."""
+CURVES = ("task_arithmetic", "ties")
+"""The methods whose scores are shown against λ and the number of tasks."""
 CLAIMS = {
     ("analytical", "gaussian"): "OSRM's start beats LoRA's",
     ("analytical", "kaiming"): "OSRM's start beats PEFT's default, kaiming",
@@ -173,9 +182,9 @@ def method_table(study: Study) -> Table:
     """Each method less task arithmetic, paired by seed; the methods are one family."""
     found = {}
     for start in study.starts:
-        base = study.values(start, METHODS[0])
+        base = study.values(start, "task_arithmetic")
         family = {}
-        for row in {*study.rows} - {*REFERENCES, METHODS[0]}:
+        for row in {*study.rows} - {*REFERENCES, "task_arithmetic"}:
             values = study.values(start, row)
             each = student({seed: values[seed] - base[seed] for seed in shared(values, base)})
             family |= {row: each} if each else {}
@@ -229,12 +238,19 @@ def contrasts(question: str) -> list[tuple[str, str]]:
     return pairs
 
 
+def shown_rows(study: Study, runs: Iterable[str]) -> list[str]:
+    """Which of `METHODS` any of these runs has."""
+    return [row for row in METHODS if any(study.values(run, row) for run in runs)]
+
+
 def contrast_table(study: Study, question: str) -> Table:
     """The paired differences of one question."""
-    lines = [["", "seeds", "single task", "task arithmetic", "TIES", "TSV", "EMR"]]
+    asked = [run for run in varied_runs(question) if "+" in run]
+    shown = shown_rows(study, asked)
+    lines = [["", "seeds", *(METHODS[row] for row in shown)]]
     for run, other in contrasts(question):
         found = study.differences(run, other)
-        cells = [str(found.get(row, "–")) for row in ("individual", *METHODS)]
+        cells = [str(found.get(row, "–")) for row in shown]
         seeds = str(len(study.paired(run, other)) or "not run yet")
         lines.append([f"{title(run)} − {title(other)}", seeds, *cells])
     return lines
@@ -258,12 +274,12 @@ def area_table(study: Study) -> Table:
         "best": lambda grid, scores: max(scores),
         "area / best": lambda grid, scores: area(grid, scores) / max(scores),
     }
-    head = [f"{method}, {what}" for method in METHODS[:2] for what in measures]
+    head = [f"{method}, {what}" for method in CURVES for what in measures]
     lines = [["", *head, "training, s"]]
     for start in study.starts:
         cells = [
             spread([measure(*curve) for curve in curves(study, start, method).values()])
-            for method in METHODS[:2]
+            for method in CURVES
             for measure in measures.values()
         ]
         lines.append([TITLES[start], *cells, *seconds(study, [start])])
@@ -290,7 +306,8 @@ def curves(study: Study, run: str, method: str) -> dict[int, tuple[list[float], 
 
 def run_table(study: Study, runs: Sequence[str]) -> Table:
     """A line per run: scores, energies along A before training, drift, shifts, times."""
-    head = ["", "seeds", "single task", "task arithmetic", "TIES", "TSV", "EMR"]
+    shown = shown_rows(study, [run for run in runs if "+" in run] or runs)
+    head = ["", "seeds", *(METHODS[row] for row in shown)]
     head += ["A: own energy", "A: others'", "overlap", "drift of A", "shift, own", "shift, others"]
     head += ["merges, s"]
     lines = [[*head, "training, s"]]
@@ -298,13 +315,13 @@ def run_table(study: Study, runs: Sequence[str]) -> Table:
         if run not in study.records:
             lines.append([title(run), "not run yet", *["–"] * (len(head) - 1)])
             continue
-        scores = [spread([*study.values(run, row).values()]) for row in ("individual", *METHODS)]
+        scores = [spread([*study.values(run, row).values()]) for row in shown]
         records = study.records[run].values()
         inner = [
             spread([v for r in records if (v := measure(r)) is not None], factor, digits)
             for measure, factor, digits in MEASURES
         ]
-        times = [merging(study, [run], METHODS), *seconds(study, [run])]
+        times = [merging(study, [run], shown), *seconds(study, [run])]
         lines.append([title(run), str(len(records)), *scores, *inner, *times])
     return lines
 
@@ -344,12 +361,12 @@ def size_table(study: Study) -> Table:
     """Normalised average × 100 against the number of merged tasks."""
     asked = QUESTIONS["tasks"]
     endings = {f"+{name}": str(count) for name, count in asked["subsets"].items()} | {"": "all"}
-    head = [f"{method}, {n}" for method in METHODS[:2] for n in endings.values()]
+    head = [f"{method}, {n}" for method in CURVES for n in endings.values()]
     lines = [["", *head, "training, s"]]
     for start in asked["starts"]:
         cells = [
             spread([*study.values(start + end, method, "normalised_average").values()])
-            for method in METHODS[:2]
+            for method in CURVES
             for end in endings
         ]
         lines.append([TITLES[start], *cells, *seconds(study, [start])])

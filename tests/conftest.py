@@ -11,6 +11,7 @@ from jaxtyping import install_import_hook
 
 # Every shape that these files' annotations promise is checked in the tests, if beartype is there.
 NUMBERS = (
+    "alignment",
     "moments",
     "subspace",
     "starts",

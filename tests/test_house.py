@@ -13,14 +13,14 @@ import pytest
 
 from tests.conftest import ROOT
 
-LINES = {"osrm": 8_750, "benchmarks": 1_450}
+LINES = {"osrm": 8_900, "benchmarks": 1_450}
 """At most so many lines of Python below a folder. The aim for osrm/ is 6,200.
 
 Above 7,250 and 1,100: computing on a GPU took 130 lines and benchmarks/gpu.py has 330; adapters of
 any kind of model took 220, and LoRA on lm_head 60; faster TIES and EMR took 120; two larger
 embedded models took 60, and scores of language models 310; weights in every method, a search that
 goes on beyond its grid, and Iso-CTS took 50 each; tasks.json took 100, a third split of the
-embedded data 30, nine more embedded tasks 190, and --shift-penalty 100.
+embedded data 30, nine more embedded tasks 190, --shift-penalty 100, and --align-heads 150.
 """
 FILE = 320
 """At most so many lines in a file of osrm/."""

@@ -15,8 +15,10 @@ from transformers import AutoModelForSequenceClassification
 
 from osrm import load_merged, report, session
 from osrm.adapters import read_adapter
+from osrm.alignment import head_change
 from osrm.backbones import find_backbone, load_model, load_tokenizer
 from osrm.checkpoints import load_adapters
+from osrm.commands import merge as merge_command
 from osrm.commands.train import train
 from osrm.config import MergeConfig, TrainConfig
 from osrm.data import load_task, split_task, tokenize
@@ -28,7 +30,7 @@ from osrm.merged import MergedUpdate
 from osrm.merging import METHODS
 from osrm.records import Row
 from osrm.runs import run_dir
-from tests.conftest import merge_them
+from tests.conftest import merge_them, written
 
 NAMES = ["rte", "sst2", "stsb"]
 
@@ -173,6 +175,76 @@ def test_the_scores_are_those_of_the_loaded_model(runs, tmp_path):
         logits, labels = predict(load_merged(out / "ties", task), data, tokenizer, 8, title=task)
         if task != "stsb":
             assert row["scores"][task] == pytest.approx((logits.argmax(-1) == labels).mean())
+
+
+def head_features(model, data, tokenizer, count):
+    """(n, d): what the head of each family reads, taken from the body's last hidden states."""
+    rows = []
+    for example in range(count):
+        ids = torch.tensor(data[example]["input_ids"].astype("int64"))[None]
+        with torch.no_grad():
+            if model.config.model_type == "t5":  # </s> of the decoder, whose inputs are shifted
+                shifted = torch.cat([ids.new_zeros(1, 1), ids[:, :-1]], 1)
+                hidden = model.transformer(input_ids=ids, decoder_input_ids=shifted)[0]
+            else:
+                hidden = model.base_model(input_ids=ids)[0]
+        rows.append(hidden[0, 0 if model.config.model_type == "roberta" else -1])
+    return torch.stack(rows).double()
+
+
+def test_align_heads_fits_the_first_layer_of_each_head(runs, tmp_path):
+    """The expected head: body features of whole models, and `head_change`'s own equations."""
+    methods = ["task_arithmetic", "emr", "regmean"]
+    options = {"methods": methods, "max_num_samples": 5}
+    plain = merged(runs, tmp_path, "plain", **options)
+    out = merged(runs, tmp_path, "aligned", align_heads=20, **options)
+    tokenizer = load_tokenizer(find_backbone(runs.backbone))
+    for task in NAMES:
+        data = load_task(TASKS[task], runs.data_dir)
+        train = split_task(data, runs.seed, max_train=20).train
+        encoded = tokenize(train, TASKS[task], tokenizer, runs.max_seq_len)
+        path = directories(runs, "merged_model")[task]
+        dense = AutoModelForSequenceClassification.from_pretrained(path)
+        own = head_features(dense.eval(), encoded, tokenizer, len(train))
+        for method in methods:
+            before, after = (MergedUpdate(each / method, task).head for each in (plain, out))
+            weight = next(name for name in before if name.endswith("weight"))
+            features = head_features(load_merged(plain / method, task), encoded, tokenizer, 20)
+            V, bias = before[weight].double(), weight.replace("weight", "bias")
+            delta, constant = head_change(V, own, features, bias in before)
+            torch.testing.assert_close(after[weight].double(), V + delta, atol=1e-4, rtol=1e-3)
+            assert not torch.equal(after[weight], before[weight])
+            for name in before.keys() - {weight, bias}:
+                assert torch.equal(after[name], before[name])
+            if bias in before:
+                fitted = before[bias].double() + constant
+                torch.testing.assert_close(after[bias].double(), fitted, atol=1e-4, rtol=1e-3)
+    for method in methods:  # the updates are the same, and RegMean looks at five examples
+        for file in (plain / method / "updates").iterdir():
+            assert file.read_bytes() == (out / method / "updates" / file.name).read_bytes()
+
+
+@of_one_family
+def test_aligned_heads_are_scored_loaded_exported_and_repeated(runs, tmp_path):
+    options = {"methods": ["task_arithmetic"], "export": ["adapter"]}
+    out = merged(runs, tmp_path, align_heads=20, **options)
+    row = json.loads((out / "results.json").read_text())["rows"][-1]
+    assert json.loads((out / "results.json").read_text())["align_heads"] == 20
+    base = AutoModelForSequenceClassification.from_pretrained(runs.backbone, num_labels=2)
+    adapter = PeftModel.from_pretrained(base, out / "task_arithmetic" / "adapters" / "rte")
+    data, tokenizer = validation(runs, "rte")
+    model = load_merged(out / "task_arithmetic", "rte")
+    logits, labels = predict(model, data, tokenizer, 8, title="")
+    exported, _ = predict(adapter, data, tokenizer, 8, title="")
+    assert row["scores"]["rte"] == pytest.approx((logits.argmax(-1) == labels).mean())
+    assert abs(logits - exported).max() < 1e-4
+    assert "fitted to the merge by 20 texts" in (out / "task_arithmetic" / "README.md").read_text()
+    recipe = out / "task_arithmetic" / "recipe.json"
+    again = MergeConfig(from_recipe=str(recipe), output_dir=str(tmp_path / "again"))
+    merge_command.run(again)
+    assert written(tmp_path / "again" / "task_arithmetic") == written(out / "task_arithmetic")
+    with pytest.raises(UserError, match="--align-heads and --no-eval contradict each other"):
+        merge_command.run(dataclasses.replace(again, no_eval=True))
 
 
 def test_every_score_follows_from_the_predictions_that_stand_beside_it(runs, tmp_path):

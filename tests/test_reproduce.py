@@ -107,9 +107,11 @@ def test_every_flag_of_a_study_is_one_of_the_scripts(study):
             words = shlex.split(f"{setting['flags']} {setting['train']} {start} {more}")
             config = parse(TrainConfig, None, words)
             assert config.alpha / config.rank == 2
-    for methods in (setting["methods"], setting["more_methods"]):
+    merged = [flags for each in QUESTIONS.values() for flags in each.get("merge", {}).values()]
+    asked = product((setting["methods"], setting["more_methods"]), ("", *merged))
+    for methods, more in asked:
         scales = " ".join(map(str, setting["scales"]))
-        words = f"--methods {methods} --search {scales} {setting['merge']}"
+        words = f"--methods {methods} --search {scales} {setting['merge']} {more}"
         config = parse(MergeConfig, None, shlex.split(words))
         assert set(config.methods) <= {"all", *METHODS}
     assert set(setting["tasks"]) <= set(known_tasks("mini-16"))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from osrm.checkpoints import checksum
+from osrm.commands.heads import align_heads
 from osrm.commands.inputs import Inputs, check_base, choose_methods, fit_methods, read_inputs
 from osrm.commands.merger import Merger
 from osrm.config import MergeConfig
@@ -40,6 +41,7 @@ def run(config: MergeConfig) -> None:
             backbone=config.backbone or source.backbone,
             dtype=source.dtype,
             max_num_samples=source.max_num_samples,
+            align_heads=source.align_heads,
             count_padding=source.count_padding,
         )
     methods = {source.method: source.knobs} if source else choose_methods(config)
@@ -61,6 +63,8 @@ def run(config: MergeConfig) -> None:
         merger.save(methods)
         if session and config.search:
             merger.choose(config)
+        if session and config.align_heads:
+            align_heads(session, merger, config.align_heads)
         dense = export(config, merger)
         if session:
             scoring.score_all(session, merger, settings)
@@ -115,6 +119,7 @@ def describe(config: MergeConfig, inputs: Inputs) -> Merge:
         base=next((run.base for _, run in runs if run.base), None),
         dtype=config.dtype,
         max_num_samples=config.max_num_samples,
+        align_heads=config.align_heads,
         count_padding=config.count_padding,
         kind=next(run.kind for _, run in runs),
         tasks={

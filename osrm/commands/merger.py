@@ -57,9 +57,9 @@ class Merger:
             if needs := method.needs:
                 if needs not in self.statistics:
                     assert self.session is not None
-                    padding = self.shared.count_padding
-                    collected = collect_statistics(needs, self.session, self.inputs, padding)
-                    self.statistics[needs] = collected
+                    self.statistics[needs] = collect_statistics(
+                        needs, self.session, self.inputs, self.shared
+                    )
                 statistics = self.statistics[needs]
             recipe = Recipe(
                 **vars(self.shared),

@@ -24,7 +24,7 @@ from osrm.errors import UserError
 from osrm.evaluation import Predictions
 from osrm.files import write_json, write_text
 from osrm.interference import diagnose
-from osrm.lending import applied, linear_weight
+from osrm.lending import applied, linear_weight, load_head
 from osrm.measure import peak_memory, reset_peak_memory
 from osrm.merged import MergedUpdate
 from osrm.merging import METHODS, row
@@ -58,13 +58,14 @@ def open_session(
     flags = {"data_dir": config.data_dir, "max_test_samples": config.max_test_samples}
     given = {name: value for name, value in flags.items() if value is not None}
     learns = any(METHODS[name].needs for name in methods)
+    most = max(config.max_num_samples * learns, config.align_heads or 0)
     data: dict[str, TaskData] = {}
     settings: dict[str, dict[str, Any]] = {}
     for name, checkpoint in inputs.checkpoints.items():
         known = {**fallback, **checkpoint.args, **given}
         fields = ("data_dir", "max_seq_len", "max_test_samples", "seed")
         chosen = {field: known[field] for field in fields}
-        only = not (config.search or learns)
+        only = not (config.search or most)
         loaded = load_task(inputs.tasks[name], chosen["data_dir"], validation_only=only)
         reported = validation_splits(loaded, chosen["max_test_samples"], chosen["seed"])
         chosen |= {"batch_size": config.per_device_eval_bsz, "dtype": config.eval_dtype}
@@ -73,8 +74,9 @@ def open_session(
             selection = held_out_part(name, checkpoint, loaded)
             chosen["held_out_examples"] = len(selection)
         if learns:
-            train = split_task(loaded, chosen["seed"], max_train=config.max_num_samples).train
             chosen["statistics_examples"] = config.max_num_samples
+        if most:
+            train = split_task(loaded, chosen["seed"], max_train=most).train
         data[name], settings[name] = TaskData(train, selection, reported), chosen
     session = Session(
         backbone,
@@ -130,7 +132,9 @@ def predict_all(session: Session, merger: Merger) -> RowPredictions:
         for line, by_task in predictions.items():
             update: Mapping[str, Tensor] = {}
             if line in merger.methods:
-                update = MergedUpdate(merger.directory / line, name, device=session.device)
+                update = merge = MergedUpdate(merger.directory / line, name, device=session.device)
+                if merger.shared.align_heads:
+                    load_head(model, merge.head)
             elif line == "individual":
                 update = deltas(checkpoint.updates, session.device)
             with applied(model, update, memory):
