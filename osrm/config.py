@@ -8,7 +8,7 @@ from osrm.checks import LARGEST, Check, number, whole
 from osrm.flags import check, flag
 
 MINI_GLUE = "mini-glue"  # the --data-dir of the embedded data
-EPSILON = 1e-2  # of the contrastive start; docs/evidence.md, "Epsilon", has the measurement
+EPSILON = 1e-2  # of the contrastive start; docs/short-training.md, "Epsilon", has the measurement
 
 POSITIVE = number(0, low_open=True)
 NOT_NEGATIVE = Check("a finite number of at least 0, below 2^63", lambda x: 0 <= x <= LARGEST)

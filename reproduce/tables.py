@@ -27,6 +27,7 @@ CURVES = ("task_arithmetic", "ties")
 CLAIMS = {
     ("analytical", "gaussian"): "OSRM's start beats LoRA's",
     ("analytical", "kaiming"): "OSRM's start beats PEFT's default, kaiming",
+    ("kaiming", "gaussian"): "PEFT's default, kaiming, beats LoRA's gaussian start",
     ("gaussian-norm1", "gaussian"): "the norm helps: LoRA at norm 1 beats LoRA",
     ("analytical", "gaussian-norm1"): "the directions help: OSRM beats LoRA at norm 1",
     ("analytical", "orthogonal"): "the directions help: OSRM beats random frames",

@@ -69,3 +69,37 @@ def test_train_merge_and_load(trained, tmp_path):
     with torch.no_grad():
         equivalent = model(**batch).logits.softmax(-1)[:, 1]
     assert equivalent[0] > equivalent[1] + 0.1
+
+
+def test_a_fitted_head_gives_more_of_what_the_own_model_gives(trained, tmp_path):
+    """On reported texts, by which nothing was trained or fitted."""
+    import torch
+    from peft import AutoPeftModelForSequenceClassification
+
+    from osrm import load_merged
+    from osrm.backbones import find_backbone, load_tokenizer
+    from osrm.data import load_task
+    from osrm.glue import TASKS as KNOWN
+
+    (paths,) = trained.glob("load_model_path-*.json")
+    options = ["--load-model-path", paths, "--methods", "task_arithmetic", "--scale", "1"]
+    options += ["--eval-dtype", "bfloat16", "--max-test-samples", "50"]
+    for name, more in ("plain", []), ("aligned", ["--align-heads", "400"]):
+        script(
+            tmp_path / name, "merge.py", *options, *more, "--output-dir", tmp_path / name / "out"
+        )
+    tokenizer = load_tokenizer(find_backbone("minilm"))
+    for name in TASKS:
+        task, run = KNOWN[name], json.loads(paths.read_text())[name]
+        texts = load_task(task, "mini-glue")["validation"].head(200)
+        columns = [texts[field].tolist() for field in task.fields]
+        batch = tokenizer(*columns, padding=True, truncation=True, return_tensors="pt")
+        own = AutoPeftModelForSequenceClassification.from_pretrained(run, num_labels=2).eval()
+        merges = [
+            load_merged(tmp_path / each / "out/task_arithmetic", name)
+            for each in ("plain", "aligned")
+        ]
+        with torch.no_grad():
+            expected, *found = (model(**batch).logits for model in (own, *merges))
+        plain, aligned = ((logits - expected).square().mean() for logits in found)
+        assert aligned < 0.7 * plain
