@@ -83,10 +83,15 @@ def test_a_fitted_head_gives_more_of_what_the_own_model_gives(trained, tmp_path)
 
     (paths,) = trained.glob("load_model_path-*.json")
     options = ["--load-model-path", paths, "--methods", "task_arithmetic", "--scale", "1"]
-    options += ["--eval-dtype", "bfloat16", "--max-test-samples", "50"]
-    for name, more in ("plain", []), ("aligned", ["--align-heads", "400"]):
+    fitting = ["--align-heads", "400", "--eval-dtype", "bfloat16", "--max-test-samples", "50"]
+    for name, more in ("plain", ["--no-eval"]), ("fitted", fitting):
         script(
-            tmp_path / name, "merge.py", *options, *more, "--output-dir", tmp_path / name / "out"
+            tmp_path / f"{name}-printed",
+            "merge.py",
+            *options,
+            *more,
+            "--output-dir",
+            tmp_path / name,
         )
     tokenizer = load_tokenizer(find_backbone("minilm"))
     for name in TASKS:
@@ -96,10 +101,9 @@ def test_a_fitted_head_gives_more_of_what_the_own_model_gives(trained, tmp_path)
         batch = tokenizer(*columns, padding=True, truncation=True, return_tensors="pt")
         own = AutoPeftModelForSequenceClassification.from_pretrained(run, num_labels=2).eval()
         merges = [
-            load_merged(tmp_path / each / "out/task_arithmetic", name)
-            for each in ("plain", "aligned")
+            load_merged(tmp_path / each / "task_arithmetic", name) for each in ("plain", "fitted")
         ]
         with torch.no_grad():
             expected, *found = (model(**batch).logits for model in (own, *merges))
-        plain, aligned = ((logits - expected).square().mean() for logits in found)
-        assert aligned < 0.7 * plain
+        plain, fitted = ((logits - expected).square().mean() for logits in found)
+        assert fitted < 0.9 * plain

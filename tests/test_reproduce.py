@@ -107,7 +107,9 @@ def test_every_flag_of_a_study_is_one_of_the_scripts(study):
             words = shlex.split(f"{setting['flags']} {setting['train']} {start} {more}")
             config = parse(TrainConfig, None, words)
             assert config.alpha / config.rank == 2
-    merged = [flags for each in QUESTIONS.values() for flags in each.get("merge", {}).values()]
+    merged = [
+        flags for each in SCIENCE["questions"].values() for flags in each.get("merge", {}).values()
+    ]
     asked = product((setting["methods"], setting["more_methods"]), ("", *merged))
     for methods, more in asked:
         scales = " ".join(map(str, setting["scales"]))
