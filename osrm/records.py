@@ -134,8 +134,8 @@ class Recipe(Merge):
     def read(cls, path: str | Path, where: str) -> Recipe:
         """Read and check the file that `where`, a flag, names; raises UserError."""
         record = read_object(path, where, "{field: value}")
-        needed = _RECIPE.keys() - {"search", "align_heads"}
-        wrong = [f"lacks {name}" for name in _RECIPE if name in needed - record.keys()]
+        there = {*record, "search", "align_heads"}  # these two may be left out
+        wrong = [f"lacks {name}" for name in _RECIPE if name not in there]
         try:
             if wrong := wrong or problems(record, _RECIPE):
                 raise UserError("; ".join(wrong))

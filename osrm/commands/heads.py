@@ -29,7 +29,6 @@ def align_heads(session: Session, merger: Merger, count: int) -> None:
     """
     for name in merger.inputs.checkpoints:
         _align(session, merger, name, count)
-        logger.info("%s: its head fits each merge, by %d texts", name, count)
 
 
 def _align(session: Session, merger: Merger, name: str, count: int) -> None:
@@ -61,11 +60,12 @@ def _align(session: Session, merger: Merger, name: str, count: int) -> None:
             if tensor in head:
                 head[tensor] = (head[tensor].double() + delta.cpu()).float()
         save_file(head, head_file(merged.directory, name))
+    logger.info("%s: its head fits each merge, by %d texts", name, len(encoded))
 
 
 def first_layer(model: Any) -> str:
     """The linear layer that reads the body's features: the first of the head."""
-    tops = tuple(head_names(model))
+    tops = head_names(model)
     return next(
         name
         for name, module in model.named_modules()
